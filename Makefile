@@ -1,0 +1,63 @@
+# check: ruff and mypy · test: check and the CPU test suite · demo: export mini and rank the sample
+# pages · test-gpu: tests that need a CUDA device · bench: measurements.
+#
+# The environment lives in .venv and is made on first use; one made by hand is used as it is and
+# only completed. PY=<interpreter> runs test-gpu and bench on an environment of your own instead.
+
+VENV ?= .venv
+PY ?= $(VENV)/bin/python
+MINI_ENGINE ?= build/mini-int4
+SAMPLES := mmr5_runtime/assets/samples
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+INPUTS := pyproject.toml constraints.txt
+DEV := $(VENV)/.installed-dev
+DEMO := $(VENV)/.installed-demo
+# An interpreter given by hand is never installed into.
+OWN_ENV := $(if $(filter $(BIN)/python,$(PY)),$(DEV))
+
+# Without it the repository root is on sys.path and the folder kernels/ can be taken for the
+# package of that name.
+export PYTHONSAFEPATH := 1
+
+.PHONY: check test demo test-gpu bench
+.DEFAULT_GOAL := test
+
+check: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/python -m pytest -m "not gpu"
+
+demo: $(DEMO)
+	$(BIN)/mmr5-export --model mini --quant int4 --output $(MINI_ENGINE) --force
+	$(BIN)/mmr5-rerank --engine $(MINI_ENGINE) "$$(cat $(SAMPLES)/question.txt)" $(SAMPLES)/*.png
+
+test-gpu: $(OWN_ENV)
+	$(PY) -m pytest -m gpu
+
+bench: $(OWN_ENV)
+	$(PY) benchmarks/mmr5_bench/report.py
+
+$(BIN)/python:
+	@for python in $(PYTHON) python3 python3.11 python3.12 python3.13; do \
+	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "$$python -m venv $(VENV)"; exec $$python -m venv $(VENV); \
+	  fi; \
+	done; \
+	echo "No Python >= 3.11 found: install one, or name it with make PYTHON=/path/to/python." >&2; \
+	exit 1
+
+# torch first and alone: what is installed after it then cannot choose another build of it.
+$(DEV): $(INPUTS) | $(BIN)/python
+	$(PIP) torch==2.13.0
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+$(DEMO): $(INPUTS) | $(BIN)/python
+	$(PIP) torch==2.13.0
+	$(PIP) -e '.[export]'
+	@touch $@

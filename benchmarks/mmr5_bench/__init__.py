@@ -1,0 +1,1 @@
+"""Synthetic pages, the training of the mini checkpoint, and every measurement of this project."""

@@ -1,0 +1,1 @@
+"""Storage layouts of quantized weights, their reference arithmetic, and the choice of a kernel."""

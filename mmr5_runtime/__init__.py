@@ -1,0 +1,61 @@
+"""Listwise reranking of document pages with MM-R5 (Qwen2.5-VL).
+
+Public names are resolved on first use: importing the package costs no torch import, touches no
+device, and lets the exporter use the artefact format without loading the model code.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mmr5_runtime.image import PixelBudget
+    from mmr5_runtime.pages import Page
+    from mmr5_runtime.reranker import Reranker
+    from mmr5_runtime.types import (
+        CheckpointError,
+        ContextOverflowError,
+        EngineError,
+        ExportError,
+        Mmr5Error,
+        PageError,
+        ReasoningDelta,
+        RequestError,
+        RerankResult,
+        StreamEvent,
+        Usage,
+    )
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "ContextOverflowError",
+    "EngineError",
+    "ExportError",
+    "Mmr5Error",
+    "Page",
+    "PageError",
+    "PixelBudget",
+    "ReasoningDelta",
+    "RequestError",
+    "RerankResult",
+    "Reranker",
+    "StreamEvent",
+    "Usage",
+    "__version__",
+]
+
+# Where the names that do not live in `types` come from.
+_HOME = {"Page": "pages", "PixelBudget": "image", "Reranker": "reranker"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME.get(name, 'types')}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
