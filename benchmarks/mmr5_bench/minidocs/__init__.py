@@ -1,0 +1,1 @@
+"""MiniDocs: a deterministic generator of synthetic document pages and listwise rerank questions."""
