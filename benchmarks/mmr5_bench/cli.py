@@ -1,0 +1,70 @@
+"""``mmr5-bench``: accuracy runs and the README tables made from them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmr5_bench.readme import accuracy_table, load_document, write_table
+from mmr5_runtime.types import Mmr5Error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; 0 done, 1 an error in one line on stderr, 2 usage."""
+    options = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        return int(options.run(options))
+    except (Mmr5Error, ValueError, OSError) as error:
+        print(f"mmr5-bench: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mmr5-bench", description="Measure engines.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    accuracy = commands.add_parser("accuracy", help="held-out MiniDocs lists")
+    accuracy.add_argument("engines", type=Path, nargs="+", help="engine folders, reference first")
+    accuracy.add_argument("--pages", type=int, nargs="+", default=[5, 10], help="list sizes")
+    accuracy.add_argument("--cases", type=int, default=300, help="lists per size")
+    accuracy.add_argument("--seed", type=int, default=0)
+    accuracy.add_argument("--dtype", default="auto", help="compute type: float32 or bfloat16")
+    accuracy.add_argument("-o", "--output", type=Path, required=True, help="JSON to write")
+    accuracy.set_defaults(run=_accuracy)
+
+    readme = commands.add_parser("readme", help="write a table into the README")
+    readme.add_argument("results", type=Path, help="JSON written by `mmr5-bench accuracy`")
+    readme.add_argument("--readme", type=Path, default=Path("README.md"))
+    readme.set_defaults(run=_readme)
+    return parser
+
+
+def _accuracy(options: argparse.Namespace) -> int:
+    from mmr5_bench.accuracy import evaluate_engines  # the model code only when it is needed
+
+    document = evaluate_engines(
+        options.engines,
+        list_sizes=options.pages,
+        num_cases=options.cases,
+        seed=options.seed,
+        dtype=options.dtype,
+    )
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(document, separators=(",", ":")) + "\n")
+    print(accuracy_table(document), file=sys.stderr)
+    summary = {**document, "rows": [{**row, "records": None} for row in document["rows"]]}
+    print(json.dumps(summary))
+    return 0
+
+
+def _readme(options: argparse.Namespace) -> int:
+    changed = write_table(
+        options.readme, "mini-accuracy", accuracy_table(load_document(options.results))
+    )
+    print(f"{options.readme}: {'updated' if changed else 'up to date'}")
+    return 0
