@@ -12,7 +12,7 @@ from mmr5_bench.minidocs.lists import (
     held_out_cases,
     make_case,
 )
-from mmr5_bench.minidocs.pages import MAX_SIDE, MIN_SIDE, render_page
+from mmr5_bench.minidocs.pages import SIZES, render_page
 from mmr5_bench.minidocs.vocabulary import KINDS, TOPICS, is_held_out, pairs
 from mmr5_runtime.answer import parse_answer
 

@@ -120,7 +120,7 @@ def _scan(
     if rng.random() < 0.15 * variety:
         angle = float(rng.uniform(-1.5, 1.5))
         fill = canvas.getpixel((0, 0))
-        canvas = canvas.rotate(angle, Image.Resampling.BILINEAR, fillcolor=fill)  # type: ignore[arg-type]
+        canvas = canvas.rotate(angle, Image.Resampling.BILINEAR, fillcolor=fill)
     page = canvas.resize(size, Image.Resampling.BOX)
     if rng.random() < 0.2 * variety:
         page = page.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.2, 0.6))))

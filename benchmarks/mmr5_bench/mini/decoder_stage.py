@@ -1,0 +1,166 @@
+"""Stages 2 to 4: captions, text-only matching, whole lists; the vision tower stays frozen.
+
+Page embeddings are computed once from the frozen tower (MM-R5 froze its tower as well), so a
+training step is a decoder step. The order matters: lists without the matching stage learn to read
+and to format, but rank at chance.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from mmr5_bench.mini.examples import Example, encode_case
+from mmr5_bench.mini.schedule import Schedule
+from mmr5_bench.minidocs.lists import TRAIN_SEEDS, PageKey, RerankCase, make_case
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EncodedPages:
+    """Frozen page embeddings [n_i, hidden] with merged grids (rows, columns), found by pair."""
+
+    embeddings: tuple[Tensor, ...]
+    grids: tuple[tuple[int, int], ...]
+    by_pair: dict[tuple[int, int], list[int]]
+
+    @classmethod
+    def build(
+        cls,
+        keys: Sequence[PageKey],
+        embeddings: Sequence[Tensor],
+        grids: Sequence[tuple[int, int]],
+    ) -> EncodedPages:
+        """Index embeddings by (topic, kind)."""
+        by_pair: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for index, key in enumerate(keys):
+            by_pair[key.topic, key.kind].append(index)
+        return cls(tuple(embeddings), tuple(grids), dict(by_pair))
+
+    def pick(self, case: RerankCase, rng: np.random.Generator) -> list[int]:
+        """One stored page for each candidate of ``case``, of the candidate's pair."""
+        stored = (self.by_pair[page.topic, page.kind] for page in case.pages)
+        return [choices[int(rng.integers(len(choices)))] for choices in stored]
+
+
+@dataclass(frozen=True)
+class DecoderPhase:
+    """Steps of one decoder stage: about ``pages`` pages a batch in lists of ``counts`` pages."""
+
+    name: str
+    steps: int
+    rate: float
+    pages: int
+    counts: tuple[int, ...]
+    seed: int
+
+
+Batch = list[tuple[Example, list[Tensor], list[tuple[int, int]]]]
+
+
+def train_decoder(model: Any, draw: Callable[[int], Batch], phase: DecoderPhase) -> None:
+    """Train embeddings, decoder and head of ``model`` on the batches that ``draw(step)`` gives."""
+    decoder = model.model.language_model
+    pad = model.config.image_token_id
+    schedule = Schedule(decoder.parameters(), rate=phase.rate, steps=phase.steps)
+    for step in range(phase.steps):
+        batch = draw(step)
+        ids = pad_sequence([example.ids for example, _, _ in batch], batch_first=True)
+        weights = pad_sequence([example.weights for example, _, _ in batch], batch_first=True)
+        embeds = decoder.embed_tokens(ids)
+        positions = torch.zeros(3, *ids.shape, dtype=torch.long)
+        for row, (example, pages, grids) in enumerate(batch):
+            length = len(example.ids)
+            positions[:, row, :length] = rotary_positions(example.ids, grids, pad)
+            if pages:
+                slots = (ids[row] == pad).nonzero().squeeze(1)
+                embeds = embeds.index_put(
+                    (torch.full_like(slots, row), slots), torch.cat(pages).to(embeds.dtype)
+                )
+        hidden = decoder(inputs_embeds=embeds, position_ids=positions, use_cache=False)[0]
+        chosen = weights[:, 1:] > 0
+        logits = model.lm_head(hidden[:, :-1][chosen])
+        targets, weight = ids[:, 1:][chosen], weights[:, 1:][chosen]
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        schedule.step((losses * weight).sum() / weight.sum())
+        if step % 25 == 0 or step == phase.steps - 1:
+            right = (logits.argmax(-1) == targets).float()
+            log.info(
+                "%s %5d  loss %.4f  tokens %.3f  verdicts %.3f  ids %.3f",
+                phase.name,
+                step,
+                losses.mean().item(),
+                right.mean().item(),
+                right[weight == 4.0].mean().item(),
+                right[weight == 2.0].mean().item(),
+            )
+
+
+def rotary_positions(ids: Tensor, grids: Sequence[tuple[int, int]], pad: int) -> Tensor:
+    """M-RoPE positions [3, T] of a sequence whose image pads are filled by ``grids`` in order."""
+    positions = torch.zeros(3, len(ids), dtype=torch.long)
+    remaining, at, start = iter(grids), 0, 0
+    is_pad = (ids == pad).tolist()
+    while at < len(ids):
+        if not is_pad[at]:
+            positions[:, at] = start
+            at, start = at + 1, start + 1
+            continue
+        rows, columns = next(remaining)
+        count = rows * columns
+        positions[0, at : at + count] = start
+        positions[1, at : at + count] = start + torch.arange(rows).repeat_interleave(columns)
+        positions[2, at : at + count] = start + torch.arange(columns).repeat(rows)
+        at, start = at + count, start + max(rows, columns)
+    return positions
+
+
+def matching_batches(tokenizer: Tokenizer, phase: DecoderPhase) -> Callable[[int], Batch]:
+    """Text-only lists: captions are given, verdicts and the order are learnt."""
+
+    def draw(step: int) -> Batch:
+        return [
+            (encode_case(tokenizer, case, (), short=True, captions=0.0), [], [])
+            for case in _cases(phase, np.random.default_rng([phase.seed, step]))
+        ]
+
+    return draw
+
+
+def list_batches(
+    tokenizer: Tokenizer, pages: EncodedPages, phase: DecoderPhase, *, short_until: int
+) -> Callable[[int], Batch]:
+    """Lists with pages; before step ``short_until`` without the fixed instructions."""
+
+    def draw(step: int) -> Batch:
+        rng = np.random.default_rng([phase.seed, step])
+        batch: Batch = []
+        for case in _cases(phase, rng):
+            picked = pages.pick(case, rng)
+            grids = [pages.grids[i] for i in picked]
+            tokens = tuple(rows * columns for rows, columns in grids)
+            example = encode_case(tokenizer, case, tokens, short=step < short_until)
+            batch.append((example, [pages.embeddings[i] for i in picked], grids))
+        return batch
+
+    return draw
+
+
+def _cases(phase: DecoderPhase, rng: np.random.Generator) -> list[RerankCase]:
+    """Training cases of one length, so that a batch needs little padding."""
+    count = int(rng.choice(np.asarray(phase.counts)))
+    return [
+        make_case(rng, count, held_out=False, seeds=TRAIN_SEEDS)
+        for _ in range(max(1, phase.pages // count))
+    ]

@@ -1,0 +1,163 @@
+"""Train mini from nothing and write it as a Hugging Face checkpoint.
+
+    python -m mmr5_bench.mini.train --work build/mini-training --output build/mini
+
+Data flow: question and answer texts -> tokenizer; pages of growing variety -> vision tower that
+reads (stage 1); captions as text -> decoder that matches (stage 2); frozen page embeddings ->
+captions (stage 3) and lists (stage 4) -> bf16 checkpoint. Each stage leaves a file in the work
+folder and is skipped when that file is there, so an interrupted training goes on at its last
+stage. Stages 1 and 2 do not depend on each other: ``--only`` runs them in two processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from mmr5_bench.mini.checkpoint import build_model, write_checkpoint
+from mmr5_bench.mini.decoder_stage import (
+    DecoderPhase,
+    EncodedPages,
+    list_batches,
+    matching_batches,
+    train_decoder,
+)
+from mmr5_bench.mini.padded_vision import encode_pages
+from mmr5_bench.mini.tokenizer import SPECIAL_TOKENS, train_tokenizer
+from mmr5_bench.mini.vision_data import PagePool, build_pool
+from mmr5_bench.mini.vision_stage import train_vision
+from mmr5_bench.minidocs.lists import TRAIN_SEEDS, make_case
+from mmr5_runtime.prompt import render
+
+log = logging.getLogger(__name__)
+
+TOKENIZER_TEXTS = 6000
+
+
+@dataclass(frozen=True)
+class VisionPhase:
+    """Steps on pages of one variety; ``pages`` per training pair are rendered for it."""
+
+    variety: float
+    pages: int
+    steps: int
+    rate: float
+    batch: int = 32
+
+
+VISION_PHASES = (
+    VisionPhase(0.0, pages=15, steps=600, rate=1.5e-3),
+    VisionPhase(0.5, pages=20, steps=700, rate=1e-3),
+)
+
+LIST_PAGES, LIST_SEED = 40, 3
+MATCHING = DecoderPhase("matching", 1200, 1e-3, pages=120, counts=tuple(range(3, 11)), seed=7)
+CAPTIONS = DecoderPhase("captions", 300, 1e-3, pages=48, counts=(1,), seed=8)
+LISTS = DecoderPhase("lists", 1500, 1e-3, pages=40, counts=tuple(range(1, 11)), seed=9)
+FULL_PROMPT_FROM = 0.7  # share of the list steps that leave out the fixed instructions
+
+
+def main() -> None:
+    """Command line entry."""
+    parser = argparse.ArgumentParser(description="Train mini, the embedded default checkpoint.")
+    parser.add_argument("--work", type=Path, required=True, help="folder of stage results")
+    parser.add_argument("--output", type=Path, required=True, help="checkpoint folder to write")
+    parser.add_argument("--only", choices=("vision", "matching"), help="stop after this stage")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(options.threads)
+    options.work.mkdir(parents=True, exist_ok=True)
+    train(options.work, options.output, options.only)
+
+
+def train(work: Path, output: Path, only: str | None = None) -> None:
+    """Run every stage whose result is not in ``work`` yet, then write the checkpoint."""
+    tokenizer = _load_tokenizer(work / "tokenizer.json")
+    torch.manual_seed(0)
+    model = build_model(tokenizer)
+    tower, decoder = model.model.visual, model.model.language_model
+    if only != "matching":
+        for index, phase in enumerate(VISION_PHASES):
+            _stage(work / f"vision-{index}.pt", tower, partial(_vision, tower, phase, index))
+    if only != "vision":
+        _stage(work / "matching.pt", decoder, partial(_matching, model, tokenizer))
+    if only is None:
+        if not (work / "lists.pt").exists():
+            pages = _encode_pool(tower, build_pool(LIST_PAGES, seed=LIST_SEED))
+            _stage(work / "captions.pt", decoder, partial(_captions, model, tokenizer, pages))
+            _stage(work / "lists.pt", decoder, partial(_lists, model, tokenizer, pages))
+        decoder.load_state_dict(torch.load(work / "lists.pt"))
+        write_checkpoint(model, tokenizer, output)
+
+
+def _stage(result: Path, module: Any, run: Callable[[], None]) -> None:
+    """Load ``result`` into ``module``, or train it and leave the result (whole, by rename)."""
+    if result.exists():
+        log.info("%s: found", result.name)
+    else:
+        run()
+        torch.save(module.state_dict(), result.with_suffix(".tmp"))
+        result.with_suffix(".tmp").rename(result)
+    module.load_state_dict(torch.load(result))
+
+
+def _vision(tower: Any, phase: VisionPhase, index: int) -> None:
+    pool = build_pool(phase.pages, seed=index, variety=phase.variety)
+    train_vision(tower, pool, steps=phase.steps, batch=phase.batch, rate=phase.rate, seed=index)
+
+
+def _matching(model: Any, tokenizer: Tokenizer) -> None:
+    train_decoder(model, matching_batches(tokenizer, MATCHING), MATCHING)
+
+
+def _captions(model: Any, tokenizer: Tokenizer, pages: EncodedPages) -> None:
+    draw = list_batches(tokenizer, pages, CAPTIONS, short_until=CAPTIONS.steps)
+    train_decoder(model, draw, CAPTIONS)
+
+
+def _lists(model: Any, tokenizer: Tokenizer, pages: EncodedPages) -> None:
+    """The fixed instructions cost a third of a step and teach little, so they come in late."""
+    late = int(FULL_PROMPT_FROM * LISTS.steps)
+    train_decoder(model, list_batches(tokenizer, pages, LISTS, short_until=late), LISTS)
+
+
+@torch.no_grad()
+def _encode_pool(tower: Any, pool: PagePool) -> EncodedPages:
+    embeddings = []
+    for start in range(0, len(pool.keys), 64):
+        indices = range(start, min(start + 64, len(pool.keys)))
+        patches, _ = pool.batch(indices)
+        embeddings += encode_pages(tower, patches, [pool.grid(i) for i in indices])
+    grids = [
+        (rows // 2, columns // 2) for _, rows, columns in map(pool.grid, range(len(embeddings)))
+    ]
+    return EncodedPages.build(pool.keys, embeddings, grids)
+
+
+def _load_tokenizer(path: Path) -> Tokenizer:
+    if not path.exists():
+        rng = np.random.default_rng(5)
+        texts = []
+        for index in range(TOKENIZER_TEXTS):
+            case = make_case(rng, 1 + index % 10, held_out=False, seeds=TRAIN_SEEDS)
+            texts += [case.question, case.answer()]
+            if index % 60 == 0:
+                texts.append(render(case.question, len(case.pages)))
+        for token in SPECIAL_TOKENS:
+            texts = [text.replace(token, "\n") for text in texts]
+        train_tokenizer(texts).save(str(path))
+    return Tokenizer.from_file(str(path))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Sampling against transformers' own logits processors, and its edge cases."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from mmr5_runtime.sampler import DEFAULT_TOP_K, Sampler, SamplingParams
+from mmr5_runtime.types import RequestError
+
+CPU = torch.device("cpu")
+VOCAB = 40
+
+
+def _logits(seed: int) -> Tensor:
+    return 4 * torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed))
+
+
+def _reference(logits: Tensor, seen: list[int], params: SamplingParams) -> Tensor:
+    """Probabilities [V] as `generate` computes them."""
+    ids = torch.tensor([seen])
+    scores = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(ids, logits[None].clone())
+    if params.temperature:
+        scores = TemperatureLogitsWarper(params.temperature)(ids, scores)
+        scores = TopKLogitsWarper(params.top_k)(ids, scores)
+        scores = TopPLogitsWarper(params.top_p)(ids, scores)
+    probabilities: Tensor = scores.softmax(-1)[0]
+    return probabilities
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    penalty=st.sampled_from([1.0, 1.05, 1.5]),
+    seen=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=10),
+)
+def test_greedy_equals_generate(seed: int, penalty: float, seen: list[int]) -> None:
+    params = SamplingParams(repetition_penalty=penalty)
+    token = Sampler(params, seen, VOCAB, CPU).pick(_logits(seed))
+    assert token == int(_reference(_logits(seed), seen, params).argmax())
+
+
+@pytest.mark.parametrize("top_k, top_p", [(50, 1.0), (5, 1.0), (50, 0.6), (7, 0.9)])
+def test_sampled_frequencies_follow_generate(top_k: int, top_p: float) -> None:
+    params = SamplingParams(
+        temperature=0.9, top_k=top_k, top_p=top_p, repetition_penalty=1.05, seed=3
+    )
+    expected = _reference(_logits(1), [2, 5], params)
+    draws = 3000
+    # One sampler per draw: a sampler penalises what it has drawn before.
+    counts = torch.zeros(VOCAB)
+    for seed in range(draws):
+        counts[Sampler(_reseeded(params, seed), [2, 5], VOCAB, CPU).pick(_logits(1))] += 1
+    assert not counts[expected == 0].any()
+    assert (counts / draws - expected).abs().max() < 0.04
+
+
+def _reseeded(params: SamplingParams, seed: int) -> SamplingParams:
+    return SamplingParams(
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        repetition_penalty=params.repetition_penalty,
+        seed=seed,
+    )
+
+
+def test_drawn_tokens_count_as_seen() -> None:
+    sampler = Sampler(SamplingParams(repetition_penalty=10.0), [0], VOCAB, CPU)
+    logits = torch.zeros(VOCAB)
+    logits[7], logits[8] = 2.0, 1.0
+    assert [sampler.pick(logits) for _ in range(2)] == [7, 8]
+
+
+def test_seed_repeats_a_sequence() -> None:
+    params = SamplingParams(temperature=1.0, seed=11)
+    first, second = (Sampler(params, [1], VOCAB, CPU) for _ in range(2))
+    draws = [[sampler.pick(_logits(i)) for i in range(20)] for sampler in (first, second)]
+    assert draws[0] == draws[1]
+    assert len(set(draws[0])) > 1
+
+
+def test_generation_config_supplies_the_rest() -> None:
+    config = {"repetition_penalty": 1.05, "top_p": 0.8, "top_k": None, "temperature": 0.1}
+    params = SamplingParams.from_generation_config(config, temperature=0.3, seed=None)
+    assert (params.temperature, params.top_p, params.repetition_penalty) == (0.3, 0.8, 1.05)
+    assert params.top_k == DEFAULT_TOP_K
+
+
+@pytest.mark.parametrize("temperature", [-0.1, 11.0, float("nan")])
+def test_bad_temperature(temperature: float) -> None:
+    with pytest.raises(RequestError, match="temperature=.*use 0 for greedy"):
+        SamplingParams(temperature=temperature)
