@@ -1,0 +1,170 @@
+"""The whole model, and the three calls a rerank is made of.
+
+``embed_prompt`` puts page embeddings into the token embeddings, ``prefill`` reads a prompt (or the
+next segment of one) into a KV arena, ``decode_step`` adds a few tokens to a few sequences. Prefill
+and decode are two functions because they meet different shapes: one long sequence, or M = B x T of
+at most 64 rows whose cost is the reading of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+
+from mmr5_runtime.attention import causal_attention
+from mmr5_runtime.decoder import Decoder
+from mmr5_runtime.kvcache import KVArena
+from mmr5_runtime.spec import ModelSpec
+from mmr5_runtime.types import RequestError
+from mmr5_runtime.vision import VisionTower
+from mmr5_runtime.weights import Weights
+
+MAX_DECODE_SEQUENCES = 8
+MAX_DECODE_TOKENS = 8
+
+
+class Model(nn.Module):
+    """Qwen2.5-VL for still pages: ``visual`` and ``decoder``. It keeps nothing of a request."""
+
+    def __init__(self, spec: ModelSpec, weights: Weights) -> None:
+        super().__init__()
+        self.spec = spec
+        self.visual = VisionTower(spec.vision, weights)
+        self.decoder = Decoder(spec.text, weights)
+
+    @classmethod
+    def from_tensors(
+        cls,
+        spec: ModelSpec,
+        get: Callable[[str], Tensor],
+        formats: Mapping[str, str] | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Model:
+        """Builds the model from tensors fetched one at a time.
+
+        ``get(name)`` returns the stored tensor of a canonical name; ``formats`` maps a linear to
+        "int8" or "int4" where it is not dense; ``dtype`` (fp32 or bf16) is what is computed in.
+        Raises :class:`CheckpointError` naming a tensor that is missing or has another shape or
+        dtype than the config and the format say.
+        """
+        return cls(spec, Weights(spec, get, formats or {}, dtype, device))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return self.decoder.embed_tokens.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.embed_tokens.device
+
+    def new_arena(self, capacity: int) -> KVArena:
+        """An empty KV arena for one sequence of at most ``capacity`` tokens."""
+        return KVArena(self.spec.text, capacity, self.dtype, self.device)
+
+
+@torch.no_grad()
+def embed_prompt(model: Model, token_ids: Tensor, image_embeds: Sequence[Tensor]) -> Tensor:
+    """Embeddings of a prompt, with the pages' embeddings in place of their image tokens.
+
+    ``token_ids`` [T] int64; ``image_embeds`` one [tokens of the page, hidden] per page, in order.
+    Returns [T, hidden] in the compute dtype. Raises :class:`RequestError` when an id is outside the
+    vocabulary or the pages do not fill the image tokens exactly.
+    """
+    vocabulary = model.spec.text.vocab_size
+    if len(token_ids) and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < vocabulary:
+        raise RequestError(
+            f"the prompt holds token ids outside the vocabulary of {vocabulary}; use the tokenizer "
+            "that belongs to this checkpoint."
+        )
+    ids = token_ids.to(model.device)
+    embeds = embedding(ids, model.decoder.embed_tokens)
+    places = (ids == model.spec.image_token_id).nonzero().flatten()
+    found = sum(len(page) for page in image_embeds)
+    if found != len(places):
+        raise RequestError(
+            f"the prompt holds {len(places)} image tokens but {len(image_embeds)} pages gave "
+            f"{found} embeddings; write every page's placeholder once per embedding."
+        )
+    if found:
+        embeds[places] = torch.cat(list(image_embeds)).to(embeds)
+    return embeds
+
+
+@torch.no_grad()
+def prefill(
+    model: Model, embeds: Tensor, positions: Tensor, arena: KVArena, all_logits: bool = False
+) -> Tensor:
+    """Reads T tokens into ``arena``, behind the S it already holds.
+
+    embeds [T, hidden] in the compute dtype; positions [3, T] int64. A prompt read in several calls
+    gives the same keys, values and logits as in one. Returns fp32 logits of the last token [V], or
+    of all [T, V]. Raises :class:`RequestError` on shapes that do not agree and
+    :class:`ContextOverflowError` when the arena is too small; the arena is then unchanged.
+    """
+    tokens = embeds.shape[0]
+    if tokens == 0 or tuple(positions.shape) != (3, tokens):
+        raise RequestError(
+            f"embeddings {list(embeds.shape)} and positions {list(positions.shape)} cannot be "
+            "prefilled; give [T, hidden] and [3, T] with T at least 1."
+        )
+    arena.require(tokens)
+    hidden = model.decoder(embeds, positions.to(model.device), partial(_attend, arena))
+    logits = model.decoder.logits(hidden if all_logits else hidden[-1:])
+    arena.commit(tokens)
+    return logits if all_logits else logits[0]
+
+
+def _attend(arena: KVArena, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One sequence's q [T, H, D] over its arena extended by k, v [T, K, D] -> [T, H * D]."""
+    return causal_attention(q, *arena.append(layer, k.transpose(0, 1), v.transpose(0, 1)))
+
+
+@torch.no_grad()
+def decode_step(
+    model: Model, token_ids: Tensor, positions: Tensor, arenas: Sequence[KVArena]
+) -> Tensor:
+    """Adds T tokens to each of B sequences of any lengths; 1 <= B <= 8, 1 <= T <= 8.
+
+    token_ids [B, T] int64; positions [B, T] int64, the rotary position of a text token (the same on
+    all three axes); ``arenas`` one per sequence. Linears run once over all B x T rows, attention
+    per sequence. Returns logits [B, T, V] fp32. Raises :class:`RequestError` on other sizes and
+    :class:`ContextOverflowError` when one arena is full; no arena is changed then.
+    """
+    batch, tokens = _decode_shape(token_ids, positions, arenas)
+    for arena in arenas:
+        arena.require(tokens)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        sequences = zip(arenas, *(rows.split(tokens) for rows in (q, k, v)), strict=True)
+        return torch.cat([_attend(arena, layer, *qkv) for arena, *qkv in sequences])
+
+    embeds = embedding(token_ids.to(model.device).flatten(), model.decoder.embed_tokens)
+    rotary = positions.to(model.device).flatten().expand(3, -1)
+    logits = model.decoder.logits(model.decoder(embeds, rotary, attend))
+    for arena in arenas:
+        arena.commit(tokens)
+    return logits.view(batch, tokens, -1)
+
+
+def _decode_shape(
+    token_ids: Tensor, positions: Tensor, arenas: Sequence[KVArena]
+) -> tuple[int, int]:
+    batch, tokens = token_ids.shape if token_ids.ndim == 2 else (0, 0)
+    if not (1 <= batch <= MAX_DECODE_SEQUENCES and 1 <= tokens <= MAX_DECODE_TOKENS):
+        raise RequestError(
+            f"a decode step takes 1 to {MAX_DECODE_TOKENS} tokens of 1 to {MAX_DECODE_SEQUENCES} "
+            f"sequences, not token ids of shape {list(token_ids.shape)}; split them or use prefill."
+        )
+    different = len({id(arena) for arena in arenas})
+    if positions.shape != token_ids.shape or not batch == len(arenas) == different:
+        raise RequestError(
+            f"token ids {list(token_ids.shape)} come with positions {list(positions.shape)} and "
+            f"{len(arenas)} arenas; give one position per token and a different arena per sequence."
+        )
+    return batch, tokens
