@@ -2,12 +2,13 @@
 # pages · test-gpu: tests that need a CUDA device · bench: measurements.
 #
 # The environment lives in .venv and is made on first use; one made by hand is used as it is and
-# only completed. PY=<interpreter> runs test-gpu and bench on an environment of your own instead.
+# only completed. PY=<interpreter> runs test-gpu on an environment of your own instead.
 
 VENV ?= .venv
 PY ?= $(VENV)/bin/python
 MINI_ENGINE ?= build/mini-int4
 SAMPLES := mmr5_runtime/assets/samples
+ACCURACY := benchmarks/results/mini-accuracy.json
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
@@ -39,8 +40,12 @@ demo: $(DEMO)
 test-gpu: $(OWN_ENV)
 	$(PY) -m pytest -m gpu
 
-bench: $(OWN_ENV)
-	$(PY) benchmarks/mmr5_bench/report.py
+bench: $(DEV)
+	for quant in bf16 int8 int4; do \
+	  $(BIN)/mmr5-export --model mini --quant $$quant --output build/mini-$$quant --force || exit 1; \
+	done
+	$(BIN)/mmr5-bench accuracy build/mini-bf16 build/mini-int8 build/mini-int4 -o $(ACCURACY)
+	$(BIN)/mmr5-bench readme $(ACCURACY)
 
 $(BIN)/python:
 	@for python in $(PYTHON) python3 python3.11 python3.12 python3.13; do \

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 
 import numpy as np
 import torch
@@ -68,7 +69,8 @@ def build_pool(per_pair: int, seed: int, *, variety: float = 1.0, workers: int =
         for topic, kind in pairs(held_out=False)
         for _ in range(per_pair)
     )
-    with ProcessPoolExecutor(workers) as executor:
+    # Not forked: a fork of a process whose torch threads are running can wait for them forever.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as executor:
         return PagePool(
             keys, tuple(executor.map(partial(_render, variety=variety), keys, chunksize=64))
         )

@@ -1,9 +1,9 @@
 """Synthetic pages: a headline naming the topic and a body of the kind, in varying style.
 
-A page is a pure function of ``(topic, kind, seed)``. Page size and shape, typeface, weight, letter
-size and case, place of the headline, colours on light or dark paper, and the data of the body all
-vary; skew, blur and sensor noise are added to some pages. Sizes come from short lists: reading at
-every scale and offset takes a larger tower than one that trains on two CPU cores.
+A page is a pure function of ``(topic, kind, seed)``. Page size and shape, typeface, weight and
+size of the headline, its place, colours on light or dark paper, and the data of the body all vary;
+skew, blur and sensor noise are added to some pages. Sizes come from short lists: reading at every
+scale and offset takes a larger tower than one that trains on two CPU cores.
 """
 
 from __future__ import annotations
@@ -29,13 +29,12 @@ SIZES: tuple[tuple[int, int], ...] = (  # width, height of the page; the first i
     (112, 140),
     (168, 140),
 )
-TITLE_SIZES = (36, 32, 40)  # on the canvas
+TITLE_SIZES = (36, 40)  # on the canvas
 FONT_FILES: tuple[str, ...] = (
     "DejaVuSans-Bold.ttf",
     "DejaVuSans.ttf",
-    "DejaVuSerif.ttf",
     "DejaVuSerif-Bold.ttf",
-    "DejaVuSansMono-Bold.ttf",
+    "DejaVuSerif.ttf",
 )
 MARGIN = 12
 
@@ -98,15 +97,13 @@ def _headline(
     variety: float,
 ) -> int:
     """Write the topic, smaller than drawn by chance if it does not fit; returns its height."""
-    text = topic.upper() if rng.random() < 0.15 * variety else topic.capitalize()
+    text = topic.capitalize()
     name, size = _pick(FONT_FILES, rng, variety), _pick(TITLE_SIZES, rng, variety)
     room = width - 2 * MARGIN
     while draw.textlength(text, font=_font(name, size)) > room:
         size -= 2
     font = _font(name, size)
-    centred = rng.random() < 0.25 * variety
-    slack = room - draw.textlength(text, font=font)
-    draw.text((MARGIN + (slack / 2 if centred else 0), 8), text, fill=style.ink, font=font)
+    draw.text((MARGIN, 8), text, fill=style.ink, font=font)
     if rng.random() < 0.25:
         y = MARGIN + size + 4
         draw.line((MARGIN, y, width - MARGIN, y), fill=style.accents[5], width=3)
@@ -117,8 +114,8 @@ def _scan(
     canvas: Image.Image, size: tuple[int, int], rng: np.random.Generator, variety: float
 ) -> Image.Image:
     """Reduce to the final size and add what scanners add: skew, blur, noise."""
-    if rng.random() < 0.15 * variety:
-        angle = float(rng.uniform(-1.5, 1.5))
+    if rng.random() < 0.1 * variety:
+        angle = float(rng.uniform(-1.0, 1.0))
         fill = canvas.getpixel((0, 0))
         canvas = canvas.rotate(angle, Image.Resampling.BILINEAR, fillcolor=fill)
     page = canvas.resize(size, Image.Resampling.BOX)
