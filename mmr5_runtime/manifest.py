@@ -1,0 +1,210 @@
+"""The contents of ``mmr5_engine.json``: what an engine folder says about itself.
+
+Version 1, as written by ``mmr5-export``; every key is required::
+
+    schema_version   1
+    created_by       {tool: version}
+    source           {name, revision or null, files: {name: sha256}} of the checkpoint
+    architecture     ModelSpec as JSON
+    quant            {name: bf16|int8|int4, method: none|rtn, group_size or null,
+                      layers: {linear: int8|int4}}; a linear that is not listed is dense
+    template         {name, sha256} of the prompt template
+    pixel_budget     {min_pixels, max_pixels}
+    image            {mean: [3], std: [3], patch_size, merge_size, temporal_patch_size}
+    files            {name: {sha256, size in bytes}} of every other file in the folder
+    tensors          {stored tensor: safetensors file}
+    report           {sqnr_db: {linear: decibels, or null when nothing was lost}}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mmr5_runtime.spec import ModelSpec
+from mmr5_runtime.types import EngineError
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of the folder: hexadecimal sha256 and size in bytes."""
+
+    sha256: str
+    size: int
+
+    def __post_init__(self) -> None:
+        _require_whole(size=self.size)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint an engine was made from; ``files`` maps file name to sha256."""
+
+    name: str
+    revision: str | None
+    files: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Quant:
+    """How linears are stored; ``layers`` maps those that are not dense to "int8" or "int4"."""
+
+    name: str
+    method: str
+    group_size: int | None
+    layers: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class TemplateRef:
+    """The prompt template the engine was exported for."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class PixelRange:
+    """Least and most pixels of a resized page, as the checkpoint's image processor has them."""
+
+    min_pixels: int
+    max_pixels: int
+
+    def __post_init__(self) -> None:
+        _require_whole(min_pixels=self.min_pixels, max_pixels=self.max_pixels)
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """What turns a page into patches; the field names are keyword arguments of ``preprocess``."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    patch_size: int
+    merge_size: int
+    temporal_patch_size: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One engine folder; see the module's text for the keys."""
+
+    created_by: Mapping[str, str]
+    source: Source
+    spec: ModelSpec
+    quant: Quant
+    template: TemplateRef
+    pixel_budget: PixelRange
+    image: ImageSettings
+    files: Mapping[str, FileEntry]
+    tensors: Mapping[str, str]
+    report: Mapping[str, Mapping[str, float | None]]
+
+    @property
+    def formats(self) -> Mapping[str, str]:
+        """Storage format by linear, for those that are not dense."""
+        return self.quant.layers
+
+    @property
+    def quant_name(self) -> str:
+        """bf16, int8 or int4."""
+        return self.quant.name
+
+    @property
+    def template_sha256(self) -> str:
+        """Hash of the prompt template."""
+        return self.template.sha256
+
+    @property
+    def image_settings(self) -> dict[str, Any]:
+        """Keyword arguments of ``image.preprocess``."""
+        return {**asdict(self.image), "mean": self.image.mean, "std": self.image.std}
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all files but the manifest."""
+        return sum(entry.size for entry in self.files.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """The document as ``json`` writes it; :meth:`from_json` reads it back."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "created_by": dict(self.created_by),
+            "source": asdict(self.source),
+            "architecture": self.spec.to_json(),
+            "quant": asdict(self.quant),
+            "template": asdict(self.template),
+            "pixel_budget": asdict(self.pixel_budget),
+            "image": asdict(self.image),
+            "files": {name: asdict(entry) for name, entry in self.files.items()},
+            "tensors": dict(self.tensors),
+            "report": {key: dict(value) for key, value in self.report.items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: Any, where: str) -> Manifest:
+        """Reads a parsed document; ``where`` names it in errors.
+
+        Raises :class:`EngineError` for a newer or unknown schema, and for a missing, unknown or
+        mistyped key.
+        """
+        _check_schema(data, where)
+        try:
+            image = data["image"]
+            manifest = cls(
+                created_by=_strings(data["created_by"]),
+                source=Source(**data["source"]),
+                spec=ModelSpec.from_json(data["architecture"]),
+                quant=Quant(**data["quant"]),
+                template=TemplateRef(**data["template"]),
+                pixel_budget=PixelRange(**data["pixel_budget"]),
+                image=ImageSettings(
+                    **{**image, "mean": _three(image, "mean"), "std": _three(image, "std")}
+                ),
+                files={name: FileEntry(**entry) for name, entry in data["files"].items()},
+                tensors=_strings(data["tensors"]),
+                report={key: dict(value) for key, value in data["report"].items()},
+            )
+            _strings(manifest.quant.layers)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise EngineError(
+                f"{where} cannot be read ({reason}); export the engine again."
+            ) from error
+        return manifest
+
+
+def _check_schema(data: Any, where: str) -> None:
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if isinstance(version, bool):  # which equals 0 or 1
+        version = str(version)
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise EngineError(
+            f"{where} has schema version {version}, made by a newer mmr5-runtime than this one, "
+            f"which reads up to {SCHEMA_VERSION}; upgrade mmr5-runtime or export the engine again."
+        )
+    if version != SCHEMA_VERSION:
+        raise EngineError(
+            f"{where} has the unknown schema version {version!r}; export the engine again."
+        )
+
+
+def _require_whole(**fields: object) -> None:
+    for name, value in fields.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"{name} is {value!r} and not a whole number")
+
+
+def _strings(value: Mapping[str, str]) -> dict[str, str]:
+    found = dict(value.items())
+    if not all(isinstance(item, str) for item in found.values()):
+        raise ValueError("a name is not text")
+    return found
+
+
+def _three(image: Mapping[str, Any], key: str) -> tuple[float, float, float]:
+    red, green, blue = image[key]
+    return float(red), float(green), float(blue)

@@ -1,0 +1,40 @@
+"""Engines shared by the tests that need a whole one; exported once per run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers.tiny import make_hf_model, tiny_configs, write_checkpoint
+
+# Tiny models gain nothing from threads and lose much to them when the machine is busy.
+torch.set_num_threads(1)
+
+EngineFactory = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random bf16 checkpoint whose decoder fits every storage format."""
+    folder = tmp_path_factory.mktemp("tiny-checkpoint")
+    model = make_hf_model(tiny_configs()["int4"], seed=4)
+    return write_checkpoint(model, folder, dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> EngineFactory:
+    """Engine folder of the tiny checkpoint by quantization name."""
+    from mmr5_export import export  # not before an engine is asked for
+
+    made: dict[str, Path] = {}
+
+    def make(quant: str) -> Path:
+        if quant not in made:
+            made[quant] = tmp_path_factory.mktemp("engines") / quant
+            export(str(tiny_checkpoint), quant, made[quant])
+        return made[quant]
+
+    return make
