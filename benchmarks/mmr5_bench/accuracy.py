@@ -7,11 +7,12 @@ can be computed from the JSON later.
 
 from __future__ import annotations
 
-import logging
 import platform
 import subprocess
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +24,35 @@ from mmr5_bench.minidocs.pages import render_page
 from mmr5_runtime import Reranker, RerankResult
 from mmr5_runtime.artifact import read_manifest
 
-log = logging.getLogger(__name__)
-
 KS = (1, 3, 5)
 
 
 def evaluate_engines(
-    engines: Sequence[Path], *, list_sizes: Sequence[int], num_cases: int, seed: int, dtype: str
+    engines: Sequence[Path],
+    *,
+    list_sizes: Sequence[int],
+    num_cases: int,
+    seed: int,
+    dtype: str,
+    jobs: int = 1,
 ) -> dict[str, Any]:
-    """Run every engine on ``num_cases`` lists per size; returns the JSON document."""
+    """Run every engine on ``num_cases`` lists per size; returns the JSON document.
+
+    ``jobs`` processes share the runs, one thread each: more threads do not speed mini up.
+    """
+    runs = [(size, engine) for size in list_sizes for engine in engines]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as executor:
+        started = [
+            executor.submit(run_engine, engine, size, num_cases, seed, dtype)
+            for size, engine in runs
+        ]
+        results = {run: future.result() for run, future in zip(runs, started, strict=True)}
     rows = []
-    for size in list_sizes:
+    for size, engine in runs:
+        row = {"engine": engine.name, "quant": read_manifest(engine).quant_name}
         cases = held_out_cases(num_cases, size, seed)
-        reference: list[RerankResult] | None = None
-        for engine in engines:
-            results = _run(engine, cases, dtype)
-            reference = reference or results
-            row = {"engine": engine.name, "quant": read_manifest(engine).quant_name}
-            rows.append({**row, **summarise(cases, results, reference)})
-            log.info("%s, %d pages: %s", engine.name, size, rows[-1]["metrics"])
+        reference = results[size, engines[0]]
+        rows.append({**row, **summarise(cases, results[size, engine], reference)})
     return {
         "kind": "minidocs-accuracy",
         "note": "mini on synthetic held-out pages; says nothing about MM-R5",
@@ -51,6 +62,19 @@ def evaluate_engines(
         "provenance": provenance(),
         "rows": rows,
     }
+
+
+def run_engine(
+    engine: Path, num_pages: int, num_cases: int, seed: int, dtype: str
+) -> list[RerankResult]:
+    """Results of one engine on the held-out lists of one size, on the CPU."""
+    torch.set_num_threads(1)
+    results = []
+    with Reranker.load(engine, "cpu", dtype=dtype) as reranker:
+        for case in held_out_cases(num_cases, num_pages, seed):
+            pages = [render_page(p.topic, p.kind, p.seed) for p in case.pages]
+            results.append(reranker.rerank(case.question, pages))
+    return results
 
 
 def summarise(
@@ -99,16 +123,6 @@ def provenance() -> dict[str, str]:
         "torch": torch.__version__,
         "processor": platform.processor() or platform.machine(),
     }
-
-
-def _run(engine: Path, cases: Sequence[RerankCase], dtype: str) -> list[RerankResult]:
-    with Reranker.load(engine, dtype=dtype) as reranker:
-        return [
-            reranker.rerank(
-                case.question, [render_page(p.topic, p.kind, p.seed) for p in case.pages]
-            )
-            for case in cases
-        ]
 
 
 def _mean(values: list[float]) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,6 @@ from mmr5_runtime.types import Mmr5Error
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; 0 done, 1 an error in one line on stderr, 2 usage."""
     options = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         return int(options.run(options))
     except (Mmr5Error, ValueError, OSError) as error:
@@ -33,7 +32,8 @@ def _parser() -> argparse.ArgumentParser:
     accuracy.add_argument("--pages", type=int, nargs="+", default=[5, 10], help="list sizes")
     accuracy.add_argument("--cases", type=int, default=300, help="lists per size")
     accuracy.add_argument("--seed", type=int, default=0)
-    accuracy.add_argument("--dtype", default="auto", help="compute type: float32 or bfloat16")
+    accuracy.add_argument("--dtype", default="float32", help="compute type, or bfloat16")
+    accuracy.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     accuracy.add_argument("-o", "--output", type=Path, required=True, help="JSON to write")
     accuracy.set_defaults(run=_accuracy)
 
@@ -53,6 +53,7 @@ def _accuracy(options: argparse.Namespace) -> int:
         num_cases=options.cases,
         seed=options.seed,
         dtype=options.dtype,
+        jobs=options.jobs,
     )
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(document, separators=(",", ":")) + "\n")
