@@ -20,8 +20,9 @@ SAMPLES = ASSETS / "samples"
 
 @pytest.fixture(scope="module", params=["bf16", "int8", "int4"])
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("mini") / request.param
-    export("mini", request.param, folder)
+    quant: str = request.param
+    folder = tmp_path_factory.mktemp("mini") / quant
+    export("mini", quant, folder)
     return folder
 
 

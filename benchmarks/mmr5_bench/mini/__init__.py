@@ -1,0 +1,1 @@
+"""Mini: shape, tokenizer and training of the embedded checkpoint."""

@@ -7,6 +7,7 @@ and to format, but rank at chance.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -23,16 +24,18 @@ from torch.nn.utils.rnn import pad_sequence
 from mmr5_bench.mini.examples import Example, encode_case
 from mmr5_bench.mini.schedule import Schedule
 from mmr5_bench.minidocs.lists import TRAIN_SEEDS, PageKey, RerankCase, make_case
+from mmr5_runtime.rope import Grid, mrope_positions
+from mmr5_runtime.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class EncodedPages:
-    """Frozen page embeddings [n_i, hidden] with merged grids (rows, columns), found by pair."""
+    """Frozen page embeddings [n_i, hidden] with their grids in patches, found by pair."""
 
     embeddings: tuple[Tensor, ...]
-    grids: tuple[tuple[int, int], ...]
+    grids: tuple[Grid, ...]
     by_pair: dict[tuple[int, int], list[int]]
 
     @classmethod
@@ -40,7 +43,7 @@ class EncodedPages:
         cls,
         keys: Sequence[PageKey],
         embeddings: Sequence[Tensor],
-        grids: Sequence[tuple[int, int]],
+        grids: Sequence[Grid],
     ) -> EncodedPages:
         """Index embeddings by (topic, kind)."""
         by_pair: dict[tuple[int, int], list[int]] = defaultdict(list)
@@ -66,13 +69,13 @@ class DecoderPhase:
     seed: int
 
 
-Batch = list[tuple[Example, list[Tensor], list[tuple[int, int]]]]
+Batch = list[tuple[Example, list[Tensor], list[Grid]]]
 
 
 def train_decoder(model: Any, draw: Callable[[int], Batch], phase: DecoderPhase) -> None:
     """Train embeddings, decoder and head of ``model`` on the batches that ``draw(step)`` gives."""
     decoder = model.model.language_model
-    pad = model.config.image_token_id
+    spec = ModelSpec.from_hf_config(json.loads(model.config.to_json_string(use_diff=False)))
     schedule = Schedule(decoder.parameters(), rate=phase.rate, steps=phase.steps)
     for step in range(phase.steps):
         batch = draw(step)
@@ -82,9 +85,9 @@ def train_decoder(model: Any, draw: Callable[[int], Batch], phase: DecoderPhase)
         positions = torch.zeros(3, *ids.shape, dtype=torch.long)
         for row, (example, pages, grids) in enumerate(batch):
             length = len(example.ids)
-            positions[:, row, :length] = rotary_positions(example.ids, grids, pad)
+            positions[:, row, :length] = mrope_positions(example.ids, grids, spec)[0]
             if pages:
-                slots = (ids[row] == pad).nonzero().squeeze(1)
+                slots = (ids[row] == spec.image_token_id).nonzero().squeeze(1)
                 embeds = embeds.index_put(
                     (torch.full_like(slots, row), slots), torch.cat(pages).to(embeds.dtype)
                 )
@@ -105,25 +108,6 @@ def train_decoder(model: Any, draw: Callable[[int], Batch], phase: DecoderPhase)
                 right[weight == 4.0].mean().item(),
                 right[weight == 2.0].mean().item(),
             )
-
-
-def rotary_positions(ids: Tensor, grids: Sequence[tuple[int, int]], pad: int) -> Tensor:
-    """M-RoPE positions [3, T] of a sequence whose image pads are filled by ``grids`` in order."""
-    positions = torch.zeros(3, len(ids), dtype=torch.long)
-    remaining, at, start = iter(grids), 0, 0
-    is_pad = (ids == pad).tolist()
-    while at < len(ids):
-        if not is_pad[at]:
-            positions[:, at] = start
-            at, start = at + 1, start + 1
-            continue
-        rows, columns = next(remaining)
-        count = rows * columns
-        positions[0, at : at + count] = start
-        positions[1, at : at + count] = start + torch.arange(rows).repeat_interleave(columns)
-        positions[2, at : at + count] = start + torch.arange(columns).repeat(rows)
-        at, start = at + count, start + max(rows, columns)
-    return positions
 
 
 def matching_batches(tokenizer: Tokenizer, phase: DecoderPhase) -> Callable[[int], Batch]:
@@ -149,7 +133,7 @@ def list_batches(
         for case in _cases(phase, rng):
             picked = pages.pick(case, rng)
             grids = [pages.grids[i] for i in picked]
-            tokens = tuple(rows * columns for rows, columns in grids)
+            tokens = tuple(len(pages.embeddings[i]) for i in picked)
             example = encode_case(tokenizer, case, tokens, short=step < short_until)
             batch.append((example, [pages.embeddings[i] for i in picked], grids))
         return batch

@@ -1,9 +1,9 @@
 """The vision tower of `transformers`, run on a padded batch of pages.
 
-Training many small pages through the packed layout of ``transformers`` spends most of its time
-splitting attention into windows. Attention does not care about the order of its tokens, so window
-attention over a padded batch is full attention under a mask "same window": the same weights, the
-same result, three times faster on two cores. Used for training only.
+The packed layout of ``transformers`` splits attention into windows, one small call each. Attention
+does not care about the order of its tokens, so window attention over a padded batch is full
+attention under a mask "same window": the same weights and the same result in one call per block.
+Used for training only, where all pages are small.
 """
 
 from __future__ import annotations

@@ -56,13 +56,12 @@ class VisionPhase:
 
 VISION_PHASES = (
     VisionPhase(0.0, pages=15, steps=600, rate=1.5e-3),
-    VisionPhase(0.5, pages=20, steps=700, rate=1e-3),
+    VisionPhase(1.0, pages=24, steps=2200, rate=1e-3),
 )
-
-LIST_PAGES, LIST_SEED = 40, 3
+LIST_PAGES, LIST_SEED = 30, 3
 MATCHING = DecoderPhase("matching", 1200, 1e-3, pages=120, counts=tuple(range(3, 11)), seed=7)
-CAPTIONS = DecoderPhase("captions", 300, 1e-3, pages=48, counts=(1,), seed=8)
-LISTS = DecoderPhase("lists", 1500, 1e-3, pages=40, counts=tuple(range(1, 11)), seed=9)
+CAPTIONS = DecoderPhase("captions", 250, 1e-3, pages=48, counts=(1,), seed=8)
+LISTS = DecoderPhase("lists", 1200, 1e-3, pages=40, counts=tuple(range(1, 11)), seed=9)
 FULL_PROMPT_FROM = 0.7  # share of the list steps that leave out the fixed instructions
 
 
@@ -133,14 +132,11 @@ def _lists(model: Any, tokenizer: Tokenizer, pages: EncodedPages) -> None:
 
 @torch.no_grad()
 def _encode_pool(tower: Any, pool: PagePool) -> EncodedPages:
-    embeddings = []
+    embeddings, grids = [], []
     for start in range(0, len(pool.keys), 64):
-        indices = range(start, min(start + 64, len(pool.keys)))
-        patches, _ = pool.batch(indices)
-        embeddings += encode_pages(tower, patches, [pool.grid(i) for i in indices])
-    grids = [
-        (rows // 2, columns // 2) for _, rows, columns in map(pool.grid, range(len(embeddings)))
-    ]
+        patches, some = pool.batch(range(start, min(start + 64, len(pool.keys))))
+        embeddings += encode_pages(tower, patches, some)
+        grids += some
     return EncodedPages.build(pool.keys, embeddings, grids)
 
 

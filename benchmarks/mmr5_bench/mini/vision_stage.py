@@ -48,9 +48,7 @@ def train_vision(
     kinds = torch.tensor([key.kind for key in pool.keys])
     for step in range(steps):
         chosen = torch.randint(len(pool.keys), (batch,), generator=generator)
-        indices = chosen.tolist()
-        patches, _ = pool.batch(indices)
-        pages = encode_pages(tower, patches, [pool.grid(i) for i in indices])
+        pages = encode_pages(tower, *pool.batch(chosen.tolist()))
         topic_logits, kind_logits = classifier(pages)
         topic_loss = F.cross_entropy(topic_logits, topics[chosen])
         kind_loss = F.cross_entropy(kind_logits, kinds[chosen])
