@@ -1,0 +1,68 @@
+"""The true 7B names, shapes and sharding with two layers: exported in bounded memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers.synthetic7b import write_synthetic_7b
+from mmr5_runtime.artifact import TensorReader, read_manifest
+
+pytestmark = pytest.mark.slow
+NEEDED_BYTES = 7 << 30  # the checkpoint and its engine
+GIGABYTE = 1e9
+
+# What Linux keeps as the high-water mark of this program alone; getrusage's figure also covers the
+# test process it was started from.
+EXPORT_AND_MEASURE = """
+import re, sys
+from mmr5_export.cli import main
+status = main(sys.argv[1:])
+peak = re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())
+print(int(peak.group(1)) * 1024)
+sys.exit(status)
+"""
+
+
+@pytest.fixture(scope="module")
+def work() -> Iterator[Path]:
+    """A folder that is removed at once: pytest would keep the files of three runs."""
+    with tempfile.TemporaryDirectory() as name:
+        if shutil.disk_usage(name).free < NEEDED_BYTES:
+            pytest.skip("less than 7 GB free on the disk of temporary files")
+        yield Path(name)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_two_layers_of_7b_export_within_the_memory_of_a_few_tensors(work: Path) -> None:
+    checkpoint = write_synthetic_7b(work / "checkpoint")
+    arguments = ["--model", checkpoint, "--quant", "int4", "--output", work / "engine", "--json"]
+    found = subprocess.run(
+        [sys.executable, "-c", EXPORT_AND_MEASURE, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert found.returncode == 0, found.stderr
+    *_, document, peak = found.stdout.splitlines()
+    # The largest tensor takes 1.09 GB, the checkpoint 3.3; 1.4 GB were measured.
+    assert int(peak) < 2.5 * GIGABYTE
+    assert json.loads(document)["sqnr_db"]["lowest"] > 18
+
+    manifest = read_manifest(work / "engine")
+    assert manifest.spec.text.num_layers == 2 and manifest.spec.text.vocab_size == 152064
+    assert len(manifest.formats) == 14
+    with TensorReader(work / "engine", manifest) as reader:
+        packed = reader.get("model.layers.1.mlp.down_proj.weight_packed")
+        head = reader.get("lm_head.weight")
+    assert packed.shape == (3584, 18944 // 8) and packed.dtype == torch.int32
+    assert head.shape == (152064, 3584) and head.dtype == torch.bfloat16
