@@ -101,7 +101,7 @@ def test_a_step_of_every_stage_changes_what_it_trains(model: Any, tmp_path: Path
         pages = EncodedPages.build(pool().keys, encode_pages(tower, patches, grids), grids)
     everything = {pair: [0] for pair in pairs(held_out=False)} | pages.by_pair
     complete = EncodedPages(pages.embeddings, pages.grids, everything)
-    train_decoder(model, list_batches(tokenizer(), complete, phase, short_until=0), phase)
+    train_decoder(model, list_batches(tokenizer(), complete, phase), phase)
     assert _checksums(tower, decoder)[1] != after_matching[1]
 
     write_checkpoint(model, tokenizer(), tmp_path)

@@ -1,4 +1,4 @@
-"""Stages 2 to 4: captions, text-only matching, whole lists; the vision tower stays frozen.
+"""Stages 2 to 5: matching in text, captions, short and long lists; the vision tower stays frozen.
 
 Page embeddings are computed once from the frozen tower (MM-R5 froze its tower as well), so a
 training step is a decoder step. The order matters: lists without the matching stage learn to read
@@ -59,7 +59,11 @@ class EncodedPages:
 
 @dataclass(frozen=True)
 class DecoderPhase:
-    """Steps of one decoder stage: about ``pages`` pages a batch in lists of ``counts`` pages."""
+    """Steps of one decoder stage: about ``pages`` pages a batch in lists of ``counts`` pages.
+
+    ``captions`` weighs the words that describe a page in the loss; ``short_until`` is the step
+    from which prompts carry the fixed instructions, which cost a third of a step and teach little.
+    """
 
     name: str
     steps: int
@@ -67,6 +71,8 @@ class DecoderPhase:
     pages: int
     counts: tuple[int, ...]
     seed: int
+    captions: float = 1.0
+    short_until: int = 0
 
 
 Batch = list[tuple[Example, list[Tensor], list[Grid]]]
@@ -115,7 +121,7 @@ def matching_batches(tokenizer: Tokenizer, phase: DecoderPhase) -> Callable[[int
 
     def draw(step: int) -> Batch:
         return [
-            (encode_case(tokenizer, case, (), short=True, captions=0.0), [], [])
+            (encode_case(tokenizer, case, (), short=True, captions=phase.captions), [], [])
             for case in _cases(phase, np.random.default_rng([phase.seed, step]))
         ]
 
@@ -123,9 +129,9 @@ def matching_batches(tokenizer: Tokenizer, phase: DecoderPhase) -> Callable[[int
 
 
 def list_batches(
-    tokenizer: Tokenizer, pages: EncodedPages, phase: DecoderPhase, *, short_until: int
+    tokenizer: Tokenizer, pages: EncodedPages, phase: DecoderPhase
 ) -> Callable[[int], Batch]:
-    """Lists with pages; before step ``short_until`` without the fixed instructions."""
+    """Lists with pages: everything in the target is learnt."""
 
     def draw(step: int) -> Batch:
         rng = np.random.default_rng([phase.seed, step])
@@ -134,7 +140,8 @@ def list_batches(
             picked = pages.pick(case, rng)
             grids = [pages.grids[i] for i in picked]
             tokens = tuple(len(pages.embeddings[i]) for i in picked)
-            example = encode_case(tokenizer, case, tokens, short=step < short_until)
+            short = step < phase.short_until
+            example = encode_case(tokenizer, case, tokens, short=short, captions=phase.captions)
             batch.append((example, [pages.embeddings[i] for i in picked], grids))
         return batch
 

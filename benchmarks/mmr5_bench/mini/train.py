@@ -4,9 +4,10 @@
 
 Data flow: question and answer texts -> tokenizer; pages of growing variety -> vision tower that
 reads (stage 1); captions as text -> decoder that matches (stage 2); frozen page embeddings ->
-captions (stage 3) and lists (stage 4) -> bf16 checkpoint. Each stage leaves a file in the work
-folder and is skipped when that file is there, so an interrupted training goes on at its last
-stage. Stages 1 and 2 do not depend on each other: ``--only`` runs them in two processes.
+captions (stage 3), short lists (stage 4), lists (stage 5) -> bf16 checkpoint. Each stage leaves a
+file in the work folder and is skipped when that file is there, so an interrupted training goes on
+at its last stage. Stages 1 and 2 do not depend on each other: ``--only`` runs them in two
+processes.
 """
 
 from __future__ import annotations
@@ -59,10 +60,26 @@ VISION_PHASES = (
     VisionPhase(1.0, pages=24, steps=2200, rate=1e-3),
 )
 LIST_PAGES, LIST_SEED = 30, 3
-MATCHING = DecoderPhase("matching", 1200, 1e-3, pages=120, counts=tuple(range(3, 11)), seed=7)
-CAPTIONS = DecoderPhase("captions", 250, 1e-3, pages=48, counts=(1,), seed=8)
-LISTS = DecoderPhase("lists", 1200, 1e-3, pages=40, counts=tuple(range(1, 11)), seed=9)
-FULL_PROMPT_FROM = 0.7  # share of the list steps that leave out the fixed instructions
+MATCHING = DecoderPhase(
+    "matching", 1200, 1e-3, pages=120, counts=tuple(range(3, 11)), seed=7, captions=0.0
+)
+PAGE_PHASES = (
+    DecoderPhase("captions", 250, 1e-3, pages=48, counts=(1,), seed=8, short_until=250),
+    # Which embeddings belong to "Image 2" is learnt here; in long lists it takes far more steps.
+    DecoderPhase(
+        "short-lists",
+        1000,
+        1e-3,
+        pages=48,
+        counts=(2, 3, 4),
+        seed=19,
+        captions=3.0,
+        short_until=1000,
+    ),
+    DecoderPhase(
+        "lists", 1000, 8e-4, pages=40, counts=tuple(range(1, 11)), seed=20, short_until=650
+    ),
+)
 
 
 def main() -> None:
@@ -89,13 +106,18 @@ def train(work: Path, output: Path, only: str | None = None) -> None:
         for index, phase in enumerate(VISION_PHASES):
             _stage(work / f"vision-{index}.pt", tower, partial(_vision, tower, phase, index))
     if only != "vision":
-        _stage(work / "matching.pt", decoder, partial(_matching, model, tokenizer))
+        draw = matching_batches(tokenizer, MATCHING)
+        _stage(work / "matching.pt", decoder, partial(train_decoder, model, draw, MATCHING))
     if only is None:
-        if not (work / "lists.pt").exists():
+        last = work / f"{PAGE_PHASES[-1].name}.pt"
+        if not last.exists():
             pages = _encode_pool(tower, build_pool(LIST_PAGES, seed=LIST_SEED))
-            _stage(work / "captions.pt", decoder, partial(_captions, model, tokenizer, pages))
-            _stage(work / "lists.pt", decoder, partial(_lists, model, tokenizer, pages))
-        decoder.load_state_dict(torch.load(work / "lists.pt"))
+            for phase in PAGE_PHASES:
+                draw = list_batches(tokenizer, pages, phase)
+                _stage(
+                    work / f"{phase.name}.pt", decoder, partial(train_decoder, model, draw, phase)
+                )
+        decoder.load_state_dict(torch.load(last))
         write_checkpoint(model, tokenizer, output)
 
 
@@ -113,21 +135,6 @@ def _stage(result: Path, module: Any, run: Callable[[], None]) -> None:
 def _vision(tower: Any, phase: VisionPhase, index: int) -> None:
     pool = build_pool(phase.pages, seed=index, variety=phase.variety)
     train_vision(tower, pool, steps=phase.steps, batch=phase.batch, rate=phase.rate, seed=index)
-
-
-def _matching(model: Any, tokenizer: Tokenizer) -> None:
-    train_decoder(model, matching_batches(tokenizer, MATCHING), MATCHING)
-
-
-def _captions(model: Any, tokenizer: Tokenizer, pages: EncodedPages) -> None:
-    draw = list_batches(tokenizer, pages, CAPTIONS, short_until=CAPTIONS.steps)
-    train_decoder(model, draw, CAPTIONS)
-
-
-def _lists(model: Any, tokenizer: Tokenizer, pages: EncodedPages) -> None:
-    """The fixed instructions cost a third of a step and teach little, so they come in late."""
-    late = int(FULL_PROMPT_FROM * LISTS.steps)
-    train_decoder(model, list_batches(tokenizer, pages, LISTS, short_until=late), LISTS)
 
 
 @torch.no_grad()
