@@ -17,7 +17,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from helpers.tiny import load_model
 from mmr5_bench.minidocs.lists import held_out_cases
 from mmr5_bench.minidocs.pages import render_page
-from mmr5_runtime.image import PatchedPage, PixelBudget, preprocess
+from mmr5_runtime.image import PatchedPage, PixelBudget, preprocess, smart_resize
 from mmr5_runtime.model import Model, decode_step, embed_prompt, prefill
 from mmr5_runtime.prompt import PromptTokenizer, render
 from mmr5_runtime.rope import mrope_positions
@@ -51,7 +51,11 @@ def images() -> tuple[Image.Image, ...]:
 
 @cache
 def reference_pixels() -> Any:
-    return Qwen2VLImageProcessorPil.from_pretrained(folder())(list(images()), return_tensors="pt")
+    loaded = []  # the reference's page loader resizes before the processor does
+    for page in images():
+        height, width = smart_resize(page.height, page.width)
+        loaded.append(page.resize((width, height), Image.Resampling.BICUBIC))
+    return Qwen2VLImageProcessorPil.from_pretrained(folder())(loaded, return_tensors="pt")
 
 
 @cache
