@@ -1,4 +1,4 @@
-"""The true 7B names, shapes and sharding with two layers: exported in bounded memory."""
+"""The true 7B names, shapes and sharding with two layers: exported in bounded memory, and ranked."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from helpers.synthetic7b import write_synthetic_7b
+from mmr5_runtime import Reranker
 from mmr5_runtime.artifact import TensorReader, read_manifest
 
 pytestmark = pytest.mark.slow
@@ -66,3 +68,9 @@ def test_two_layers_of_7b_export_within_the_memory_of_a_few_tensors(work: Path) 
         head = reader.get("lm_head.weight")
     assert packed.shape == (3584, 18944 // 8) and packed.dtype == torch.int32
     assert head.shape == (152064, 3584) and head.dtype == torch.bfloat16
+
+    pages = [Image.new("RGB", (280, 196), (90 * i, 120, 200)) for i in range(3)]
+    with Reranker.load(work / "engine", "cpu", dtype="bfloat16") as reranker:
+        result = reranker.rerank("What was the revenue?", pages, max_new_tokens=4)
+    assert sorted(result.order) == [0, 1, 2]
+    assert result.usage.image_tokens == 3 * 70 and result.usage.completion_tokens <= 4

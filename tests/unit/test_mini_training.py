@@ -111,7 +111,10 @@ def test_a_step_of_every_stage_changes_what_it_trains(model: Any, tmp_path: Path
 
 
 def _checksums(*modules: Any) -> list[float]:
-    return [float(sum(p.double().abs().sum() for p in module.parameters())) for module in modules]
+    return [
+        float(sum(p.detach().double().abs().sum() for p in module.parameters()))
+        for module in modules
+    ]
 
 
 def test_tokenizer_keeps_topics_whole() -> None:
