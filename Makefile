@@ -50,10 +50,10 @@ bench: $(DEV)
 $(BIN)/python:
 	@for python in $(PYTHON) python3 python3.11 python3.12 python3.13; do \
 	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
-	    echo "$$python -m venv $(VENV)"; exec $$python -m venv $(VENV); \
+	    echo "$$python -m venv $(VENV)"; $$python -m venv $(VENV) && exit 0; rm -rf $(VENV); \
 	  fi; \
 	done; \
-	echo "No Python >= 3.11 found: install one, or name it with make PYTHON=/path/to/python." >&2; \
+	echo "No Python >= 3.11 with venv found: install one (Debian: python3-venv), or name it with make PYTHON=/path/to/python." >&2; \
 	exit 1
 
 # torch first and alone: what is installed after it then cannot choose another build of it.

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from mmr5_runtime.pages import Page, describe
+import torch
+
+from mmr5_runtime.pages import DEFAULT_MAX_IMAGE_PIXELS, Page, describe
 from mmr5_runtime.pdf import count_pdf_pages
 from mmr5_runtime.reranker import DEFAULT_MAX_NEW_TOKENS, Reranker
 from mmr5_runtime.types import Mmr5Error, PageError, ReasoningDelta, RequestError, RerankResult
@@ -18,11 +21,24 @@ from mmr5_runtime.types import Mmr5Error, PageError, ReasoningDelta, RequestErro
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 done, 1 an error in one line on stderr, 2 usage."""
-    options = _parser().parse_args(argv)
+    options = _parser().parse_intermixed_args(argv)
     try:
         return _run(options)
     except Mmr5Error as error:
         print(f"mmr5-rerank: error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of stdout has left; say nothing, not even at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        print(f"mmr5-rerank: error: {error}; check the file and its permissions", file=sys.stderr)
+        return 1
+    except (MemoryError, torch.OutOfMemoryError):
+        print(
+            "mmr5-rerank: error: the model or the pages do not fit into memory; lower "
+            "--max-pixels, pass fewer pages or take --device cpu",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("mmr5-rerank: interrupted", file=sys.stderr)
@@ -44,6 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, help="makes sampling repeatable")
     parser.add_argument("--min-pixels", type=int, help="least pixels per page after resizing")
     parser.add_argument("--max-pixels", type=int, help="most pixels per page after resizing")
+    parser.add_argument(
+        "--max-image-pixels",
+        type=int,
+        default=DEFAULT_MAX_IMAGE_PIXELS,
+        help="refuse larger images before they are decoded (default: %(default)s)",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32")
     parser.add_argument("--verify", action="store_true", help="check the SHA-256 of every file")
@@ -63,7 +85,11 @@ def _run(options: argparse.Namespace) -> int:
     if not pages:
         raise RequestError("no pages were given; add page images or --pdf FILE.")
     with Reranker.load(
-        options.engine, options.device, dtype=options.dtype, verify_hashes=options.verify
+        options.engine,
+        options.device,
+        dtype=options.dtype,
+        max_image_pixels=options.max_image_pixels,
+        verify_hashes=options.verify,
     ) as reranker:
         result = _consume(reranker, options, pages)
     if options.json:

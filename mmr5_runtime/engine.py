@@ -14,12 +14,10 @@ from torch import Tensor
 
 from mmr5_runtime.kvcache import KVArena
 from mmr5_runtime.model import Model, decode_step, embed_prompt, prefill
-from mmr5_runtime.rope import mrope_positions
+from mmr5_runtime.rope import Grid, mrope_positions
 from mmr5_runtime.sampler import Sampler
 from mmr5_runtime.timing import Timings
 from mmr5_runtime.types import StopReason
-
-Grid = tuple[int, int, int]
 
 
 class Engine:

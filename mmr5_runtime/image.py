@@ -57,6 +57,13 @@ class PixelBudget:
                 "raise max_pixels or lower min_pixels"
             )
 
+    def replaced(self, min_pixels: int | None, max_pixels: int | None) -> PixelBudget:
+        """The same budget with the limits that are not None; RequestError as above."""
+        return PixelBudget(
+            self.min_pixels if min_pixels is None else min_pixels,
+            self.max_pixels if max_pixels is None else max_pixels,
+        )
+
 
 REFERENCE_BUDGET = PixelBudget()
 

@@ -54,20 +54,20 @@ def load_engine(
             "export it again with this version."
         )
     where = resolve_device(device)
+    compute = resolve_dtype(dtype, where)
+    # Everything small is checked before the weights are read, which takes minutes at 7B.
+    stored = manifest.pixel_budget
+    budget = PixelBudget(stored.min_pixels, stored.max_pixels).replaced(min_pixels, max_pixels)
+    tokenizer = PromptTokenizer.from_file(path / "tokenizer.json")
+    generation_config = _read_optional(path / "generation_config.json")
     with TensorReader(path, manifest) as reader:
-        model = Model.from_tensors(
-            manifest.spec, reader.get, manifest.formats, resolve_dtype(dtype, where), where
-        )
-    budget = manifest.pixel_budget
+        model = Model.from_tensors(manifest.spec, reader.get, manifest.formats, compute, where)
     return LoadedEngine(
         engine=Engine(model, where),
-        tokenizer=PromptTokenizer.from_file(path / "tokenizer.json"),
-        budget=PixelBudget(
-            budget.min_pixels if min_pixels is None else min_pixels,
-            budget.max_pixels if max_pixels is None else max_pixels,
-        ),
+        tokenizer=tokenizer,
+        budget=budget,
         image_settings=manifest.image_settings,
-        generation_config=_read_optional(path / "generation_config.json"),
+        generation_config=generation_config,
         context=manifest.spec.text.max_position_embeddings,
     )
 
@@ -102,7 +102,9 @@ def _read_optional(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise EngineError(f"{path} is not JSON ({error}); export the engine again.") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EngineError(f"{path} cannot be read ({error}); export the engine again.") from error
+    if not isinstance(content, dict):
+        raise EngineError(f"{path} holds no JSON object; export the engine again.")
     return content

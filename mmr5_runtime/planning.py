@@ -52,7 +52,10 @@ def plan_context(
     if room < reply:
         allowance = context - reply - (len(token_ids) - sum(per_page))
         fitting = fitting_max_pixels(sizes, allowance, budget, **shape) if allowance > 0 else None
-        remedy = f"pass max_pixels={fitting} or fewer pages" if fitting else "pass fewer pages"
+        if fitting:
+            remedy = f"pass max_pixels={fitting} or fewer pages"
+        else:
+            remedy = "pass fewer pages" if len(sizes) > 1 else "shorten the question"
         raise ContextOverflowError(
             f"the prompt needs {len(token_ids)} tokens and {reply} for the reply, but the context "
             f"holds {context} (visual tokens per page: {_abridged(per_page)}); {remedy}."

@@ -1,15 +1,16 @@
 """The facade: an engine folder in, listwise rerankings of page images out.
 
 Data flow of one request: pages are opened and their token counts planned from their sizes (the
-context is checked before any pixel is touched), resized to patches, encoded by the vision tower,
+context is checked before any page is resized), resized to patches, encoded by the vision tower,
 placed into the prompt, prefilled and decoded; the text is parsed into a permutation.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,7 +24,7 @@ from mmr5_runtime.image import PixelBudget, preprocess
 from mmr5_runtime.loading import LoadedEngine, load_engine
 from mmr5_runtime.pages import DEFAULT_MAX_IMAGE_PIXELS, Page, open_page
 from mmr5_runtime.planning import ContextPlan, plan_context
-from mmr5_runtime.prompt import PromptTokenizer
+from mmr5_runtime.prompt import PromptTokenizer, check_query
 from mmr5_runtime.sampler import Sampler, SamplingParams
 from mmr5_runtime.timing import Timings
 from mmr5_runtime.types import (
@@ -41,8 +42,9 @@ DEFAULT_MAX_NEW_TOKENS = 2048
 class Reranker:
     """Reranks page images for a question; made by :meth:`load`.
 
-    One request runs at a time; calls from several threads wait for each other. Usable as a context
-    manager.
+    The model does one thing at a time: :meth:`rerank` calls from several threads wait for each
+    other, and open streams take turns event by event, so an idle one holds nobody up. Usable as a
+    context manager.
     """
 
     def __init__(self, loaded: LoadedEngine, *, max_image_pixels: int) -> None:
@@ -102,19 +104,14 @@ class Reranker:
 
         Raises RequestError (PageError, ContextOverflowError) naming the input and the remedy.
         """
-        events = self.stream(
-            query,
-            pages,
-            top_k,
-            max_new_tokens,
-            temperature,
-            seed,
-            min_pixels=min_pixels,
-            max_pixels=max_pixels,
+        events = self._start(
+            query, pages, top_k, max_new_tokens, temperature, seed, min_pixels, max_pixels
         )
-        for event in events:
-            if isinstance(event, RerankResult):
-                return event
+        with self._lock, contextlib.closing(events):
+            self._require_loaded()
+            for event in events:
+                if isinstance(event, RerankResult):
+                    return event
         raise AssertionError("a stream ends with its result")
 
     async def arerank(self, query: str, pages: Sequence[Page], **options: Any) -> RerankResult:
@@ -145,15 +142,46 @@ class Reranker:
         *,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
-    ) -> Iterator[StreamEvent]:
+    ) -> Generator[StreamEvent, None, None]:
         """Yield :class:`ReasoningDelta` as the model reasons, then the :class:`RerankResult`.
 
-        Bad input raises here, before the first event is asked for. Closing the iterator stops
+        Bad input raises here, before the first event is asked for. Closing the generator stops
         decoding.
         """
+        return self._take_turns(
+            self._start(
+                query, pages, top_k, max_new_tokens, temperature, seed, min_pixels, max_pixels
+            )
+        )
+
+    def _take_turns(
+        self, events: Generator[StreamEvent, None, None]
+    ) -> Generator[StreamEvent, None, None]:
+        with contextlib.closing(events):
+            while True:
+                with self._lock:
+                    self._require_loaded()
+                    event = next(events, None)
+                if event is None:
+                    return
+                yield event
+
+    def _start(
+        self,
+        query: str,
+        pages: Sequence[Page],
+        top_k: int | None,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int | None,
+        min_pixels: int | None,
+        max_pixels: int | None,
+    ) -> Generator[StreamEvent, None, None]:
+        """Check and open everything now; the model runs when the events are asked for."""
         loaded = self._require_loaded()
+        check_query(query)
         _check_options(pages, top_k, max_new_tokens)
-        budget = _override(loaded.budget, min_pixels, max_pixels)
+        budget = loaded.budget.replaced(min_pixels, max_pixels)
         params = SamplingParams.from_generation_config(
             loaded.generation_config, temperature=temperature, seed=seed
         )
@@ -184,21 +212,20 @@ class Reranker:
         params: SamplingParams,
         top_k: int | None,
         timings: Timings,
-    ) -> Iterator[StreamEvent]:
+    ) -> Generator[StreamEvent, None, None]:
         engine = loaded.engine
-        with self._lock:
-            embeddings, grids = [], []
-            for image in images:
-                with timings.span("preprocess"):
-                    patched = preprocess(image, budget, **loaded.image_settings)
-                with timings.span("vision"):
-                    embeddings.append(engine.encode_page(patched.pixel_values, patched.grid))
-                grids.append(patched.grid)
-            sampler = Sampler(params, plan.token_ids, engine.spec.text.vocab_size, engine.device)
-            generation = Generation(
-                engine, plan.token_ids, embeddings, grids, sampler, plan.max_new_tokens, timings
-            )
-            text = yield from _stream_text(loaded.tokenizer, generation)
+        embeddings, grids = [], []
+        for image in images:
+            with timings.span("preprocess"):
+                patched = preprocess(image, budget, **loaded.image_settings)
+            with timings.span("vision"):
+                embeddings.append(engine.encode_page(patched.pixel_values, patched.grid))
+            grids.append(patched.grid)
+        sampler = Sampler(params, plan.token_ids, engine.spec.text.vocab_size, engine.device)
+        generation = Generation(
+            engine, plan.token_ids, embeddings, grids, sampler, plan.max_new_tokens, timings
+        )
+        text = yield from _stream_text(loaded.tokenizer, generation)
         with timings.span("parse"):
             parsed = parse_answer(text, len(images))
         yield RerankResult(
@@ -267,12 +294,3 @@ def _check_options(pages: Sequence[Page], top_k: int | None, max_new_tokens: int
         raise RequestError(f"top_k={top_k} asks for nothing; pass 1 or more, or None for all.")
     if max_new_tokens < 1:
         raise RequestError(f"max_new_tokens={max_new_tokens} leaves no room; pass 1 or more.")
-
-
-def _override(budget: PixelBudget, min_pixels: int | None, max_pixels: int | None) -> PixelBudget:
-    if min_pixels is None and max_pixels is None:
-        return budget
-    return PixelBudget(
-        budget.min_pixels if min_pixels is None else min_pixels,
-        budget.max_pixels if max_pixels is None else max_pixels,
-    )

@@ -21,7 +21,7 @@ DEFAULT_TOP_K = 50  # what `generate` uses when generation_config.json is silent
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request picks its tokens; ``temperature`` 0 is greedy.
+    """How one request picks its tokens; ``temperature`` 0 is greedy, ``top_k`` 0 keeps all tokens.
 
     ``seed`` makes sampling repeatable on one device; without it torch draws one.
     """
@@ -33,10 +33,14 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature <= 10.0:
+        if self.temperature != 0.0 and not 1e-3 <= self.temperature <= 10.0:
             raise RequestError(
-                f"temperature={self.temperature} is outside 0..10; "
+                f"temperature={self.temperature} is neither 0 nor in 0.001..10; "
                 "use 0 for greedy or 0.3 for the reference's sampling."
+            )
+        if self.seed is not None and not (isinstance(self.seed, int) and 0 <= self.seed < 1 << 64):
+            raise RequestError(
+                f"seed={self.seed!r} is not a whole number from 0 to 2**64 - 1; pass one or None."
             )
 
     @classmethod
@@ -44,11 +48,12 @@ class SamplingParams:
         cls, config: Mapping[str, Any], *, temperature: float, seed: int | None
     ) -> SamplingParams:
         """The checkpoint's own top-k, top-p and repetition penalty with a caller's temperature."""
+        given = {key: value for key, value in config.items() if value is not None}
         return cls(
             temperature=temperature,
-            top_k=int(config.get("top_k") or DEFAULT_TOP_K),
-            top_p=float(config.get("top_p") or 1.0),
-            repetition_penalty=float(config.get("repetition_penalty") or 1.0),
+            top_k=int(given.get("top_k", DEFAULT_TOP_K)),
+            top_p=float(given.get("top_p", 1.0)),
+            repetition_penalty=float(given.get("repetition_penalty", 1.0)),
             seed=seed,
         )
 
@@ -87,7 +92,7 @@ class Sampler:
         return token
 
     def _sample(self, logits: Tensor) -> int:
-        best, ids = logits.topk(min(self._params.top_k, logits.shape[-1]))
+        best, ids = logits.topk(min(self._params.top_k or len(logits), len(logits)))
         probabilities = best.softmax(-1)
         if self._params.top_p < 1.0:  # keep the smallest head whose mass reaches top_p
             before = probabilities.cumsum(-1) - probabilities

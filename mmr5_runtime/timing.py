@@ -13,7 +13,7 @@ class Timings:
     """Adds up milliseconds per stage; on a GPU a span ends when its work has ended."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._device = device
         self._started = time.perf_counter()
         self._spans: dict[str, float] = {}
 
@@ -24,8 +24,8 @@ class Timings:
         try:
             yield
         finally:
-            if self._cuda:
-                torch.cuda.synchronize()
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
             self._spans[stage] = self._spans.get(stage, 0.0) + 1e3 * (time.perf_counter() - start)
 
     def total(self) -> dict[str, float]:

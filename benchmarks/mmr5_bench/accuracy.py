@@ -40,6 +40,10 @@ def evaluate_engines(
 
     ``jobs`` processes share the runs, one thread each: more threads do not speed mini up.
     """
+    if num_cases < 1:
+        raise ValueError(f"--cases {num_cases} measures nothing; ask for 1 or more")
+    origin = provenance()
+    quants = {engine: read_manifest(engine).quant_name for engine in engines}
     runs = [(size, engine) for size in list_sizes for engine in engines]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as executor:
         started = [
@@ -49,7 +53,7 @@ def evaluate_engines(
         results = {run: future.result() for run, future in zip(runs, started, strict=True)}
     rows = []
     for size, engine in runs:
-        row = {"engine": engine.name, "quant": read_manifest(engine).quant_name}
+        row = {"engine": engine.name, "quant": quants[engine]}
         cases = held_out_cases(num_cases, size, seed)
         reference = results[size, engines[0]]
         rows.append({**row, **summarise(cases, results[size, engine], reference)})
@@ -59,7 +63,7 @@ def evaluate_engines(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": seed,
         "dtype": dtype,
-        "provenance": provenance(),
+        "provenance": origin,
         "rows": rows,
     }
 
@@ -110,15 +114,18 @@ def summarise(
 
 def provenance() -> dict[str, str]:
     """Where the numbers come from: versions, processor, and the commit of the checkout."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    )
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=Path(__file__).parent,
+        ).stdout.strip()
+    except OSError:  # no git
+        commit = ""
     return {
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit or "unknown",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "processor": platform.processor() or platform.machine(),

@@ -43,9 +43,15 @@ def write_table(readme: Path, name: str, table: str) -> bool:
 
 
 def load_document(path: Path) -> dict[str, Any]:
-    """Read one result file."""
-    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return document
+    """Read one accuracy file; ValueError when it is none."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        kind = document["kind"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is no result file; write it with mmr5-bench accuracy") from error
+    if kind != "minidocs-accuracy":
+        raise ValueError(f"{path} holds {kind}, not accuracies; pass one of mmr5-bench accuracy")
+    return dict(document)
 
 
 def _cell(metric: dict[str, float]) -> str:

@@ -41,6 +41,14 @@ def test_text_output(
     assert all(f"page-{index}.png" in out for index in range(3))
 
 
+def test_options_may_stand_between_the_question_and_the_pages(
+    tiny_engine: EngineFactory, pages: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--engine", str(tiny_engine("int4")), "--device", "cpu", "--max-new-tokens", "3"]
+    assert main([QUESTION, *options, "--json", *pages]) == 0
+    assert json.loads(capsys.readouterr().out)["usage"]["pages"] == 3
+
+
 def test_json_is_one_document(
     tiny_engine: EngineFactory, pages: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

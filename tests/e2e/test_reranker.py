@@ -86,8 +86,18 @@ def test_stream_ends_with_the_result(reranker: Reranker) -> None:
 def test_abandoned_stream_frees_the_reranker(reranker: Reranker) -> None:
     events = reranker.stream(QUESTION, _pages(2), max_new_tokens=200)
     next(events)
-    events.close()  # type: ignore[attr-defined]
+    events.close()
     assert reranker.rerank(QUESTION, _pages(2), max_new_tokens=2).usage.pages == 2
+
+
+def test_idle_stream_holds_nobody_up(tiny_engine: Callable[[str], Path]) -> None:
+    loaded = Reranker.load(tiny_engine("bf16"), "cpu")
+    events = loaded.stream(QUESTION, _pages(2), max_new_tokens=200)
+    next(events)
+    assert loaded.rerank(QUESTION, _pages(2), max_new_tokens=2).usage.pages == 2
+    loaded.close()
+    with pytest.raises(EngineError, match="closed"):
+        list(events)
 
 
 def test_sampling_repeats_with_a_seed(reranker: Reranker) -> None:
@@ -165,6 +175,7 @@ def test_too_many_pages_for_any_resolution(reranker: Reranker) -> None:
         ({"top_k": 0}, "top_k=0"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"temperature": -1.0}, "temperature=-1"),
+        ({"temperature": 0.3, "seed": 2**70}, "seed=.*pass one or None"),
         ({"max_pixels": 5}, "max_pixels=5"),
         ({"min_pixels": 999_999_999}, "min_pixels=999999999"),
     ],

@@ -44,8 +44,7 @@ def models() -> tuple[Any, Model]:
 def images() -> tuple[Image.Image, ...]:
     drawn = [render_page(p.topic, p.kind, p.seed) for p in CASE.pages]
     return tuple(
-        page if size is None else page.resize(size)
-        for page, size in zip(drawn, SIZES, strict=True)
+        page if size is None else page.resize(size) for page, size in zip(drawn, SIZES, strict=True)
     )
 
 
@@ -94,7 +93,9 @@ def test_chat_template_renders_the_prompt() -> None:
     text = render(CASE.question, 2)
     system, user = text.partition("<|im_start|>user\n")[::2]
     parts: list[dict[str, str]] = []
-    for piece in user.partition("<|im_end|>")[0].split("<|vision_start|><|image_pad|><|vision_end|>"):
+    for piece in user.partition("<|im_end|>")[0].split(
+        "<|vision_start|><|image_pad|><|vision_end|>"
+    ):
         parts += [{"type": "text", "text": piece}, {"type": "image"}]
     system_text = system.removeprefix("<|im_start|>system\n").removesuffix("<|im_end|>\n")
     messages = [

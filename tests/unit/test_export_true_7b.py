@@ -1,4 +1,4 @@
-"""The true 7B names, shapes and sharding with two layers: exported in bounded memory, and ranked."""
+"""The true 7B names, shapes and sharding with two layers: small in memory, and it ranks."""
 
 from __future__ import annotations
 

@@ -18,7 +18,12 @@ def _document() -> dict[str, Any]:
     metric = {"value": 0.5, "low": 0.25, "high": 0.75}
     names = ("recall@1", "recall@3", "recall@5", "well_formed", "top1_agreement")
     row = {"pages": 5, "quant": "int4", "cases": 40, "metrics": dict.fromkeys(names, metric)}
-    return {"dtype": "float32", "provenance": {"commit": "abc1234"}, "rows": [row]}
+    return {
+        "kind": "minidocs-accuracy",
+        "dtype": "float32",
+        "provenance": {"commit": "abc1234"},
+        "rows": [row],
+    }
 
 
 def test_table_shows_values_intervals_and_origin() -> None:
@@ -45,6 +50,9 @@ def test_missing_markers_and_files_are_one_line(
     assert "<!-- mini-accuracy -->" in capsys.readouterr().err
     assert main(["readme", str(tmp_path / "absent.json")]) == 1
     assert "absent.json" in capsys.readouterr().err
+    (tmp_path / "other.json").write_text("[1]")
+    assert main(["readme", str(tmp_path / "other.json")]) == 1
+    assert "other.json is no result file" in capsys.readouterr().err
 
 
 def test_the_readme_table_is_the_one_its_results_give() -> None:

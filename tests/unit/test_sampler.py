@@ -94,9 +94,11 @@ def test_generation_config_supplies_the_rest() -> None:
     params = SamplingParams.from_generation_config(config, temperature=0.3, seed=None)
     assert (params.temperature, params.top_p, params.repetition_penalty) == (0.3, 0.8, 1.05)
     assert params.top_k == DEFAULT_TOP_K
+    off = SamplingParams.from_generation_config({"top_k": 0}, temperature=1.0, seed=0)
+    assert off.top_k == 0 and Sampler(off, [1], VOCAB, CPU).pick(_logits(2)) < VOCAB
 
 
-@pytest.mark.parametrize("temperature", [-0.1, 11.0, float("nan")])
+@pytest.mark.parametrize("temperature", [-0.1, 11.0, 1e-30, float("nan")])
 def test_bad_temperature(temperature: float) -> None:
     with pytest.raises(RequestError, match="temperature=.*use 0 for greedy"):
         SamplingParams(temperature=temperature)

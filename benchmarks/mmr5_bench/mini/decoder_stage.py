@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from mmr5_bench.mini.examples import Example, encode_case
+from mmr5_bench.mini.examples import ID_WEIGHT, VERDICT_WEIGHT, Example, encode_case
 from mmr5_bench.mini.schedule import Schedule
 from mmr5_bench.minidocs.lists import TRAIN_SEEDS, PageKey, RerankCase, make_case
 from mmr5_runtime.rope import Grid, mrope_positions
@@ -76,9 +76,11 @@ class DecoderPhase:
 
 
 Batch = list[tuple[Example, list[Tensor], list[Grid]]]
+Draw = Callable[[int], Batch]
+LOG_EVERY = 25  # steps
 
 
-def train_decoder(model: Any, draw: Callable[[int], Batch], phase: DecoderPhase) -> None:
+def train_decoder(model: Any, draw: Draw, phase: DecoderPhase) -> None:
     """Train embeddings, decoder and head of ``model`` on the batches that ``draw(step)`` gives."""
     decoder = model.model.language_model
     spec = ModelSpec.from_hf_config(json.loads(model.config.to_json_string(use_diff=False)))
@@ -103,7 +105,7 @@ def train_decoder(model: Any, draw: Callable[[int], Batch], phase: DecoderPhase)
         targets, weight = ids[:, 1:][chosen], weights[:, 1:][chosen]
         losses = F.cross_entropy(logits, targets, reduction="none")
         schedule.step((losses * weight).sum() / weight.sum())
-        if step % 25 == 0 or step == phase.steps - 1:
+        if step % LOG_EVERY == 0 or step == phase.steps - 1:
             right = (logits.argmax(-1) == targets).float()
             log.info(
                 "%s %5d  loss %.4f  tokens %.3f  verdicts %.3f  ids %.3f",
@@ -111,12 +113,12 @@ def train_decoder(model: Any, draw: Callable[[int], Batch], phase: DecoderPhase)
                 step,
                 losses.mean().item(),
                 right.mean().item(),
-                right[weight == 4.0].mean().item(),
-                right[weight == 2.0].mean().item(),
+                right[weight == VERDICT_WEIGHT].mean().item(),
+                right[weight == ID_WEIGHT].mean().item(),
             )
 
 
-def matching_batches(tokenizer: Tokenizer, phase: DecoderPhase) -> Callable[[int], Batch]:
+def matching_batches(tokenizer: Tokenizer, phase: DecoderPhase) -> Draw:
     """Text-only lists: captions are given, verdicts and the order are learnt."""
 
     def draw(step: int) -> Batch:
@@ -128,9 +130,7 @@ def matching_batches(tokenizer: Tokenizer, phase: DecoderPhase) -> Callable[[int
     return draw
 
 
-def list_batches(
-    tokenizer: Tokenizer, pages: EncodedPages, phase: DecoderPhase
-) -> Callable[[int], Batch]:
+def list_batches(tokenizer: Tokenizer, pages: EncodedPages, phase: DecoderPhase) -> Draw:
     """Lists with pages: everything in the target is learnt."""
 
     def draw(step: int) -> Batch:

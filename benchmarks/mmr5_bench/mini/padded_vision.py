@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Grid = tuple[int, int, int]
+from mmr5_runtime.rope import Grid
 
 
 def encode_pages(tower: Any, patches: Tensor, grids: Sequence[Grid]) -> list[Tensor]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +27,9 @@ from tokenizers import Tokenizer
 
 from mmr5_bench.mini.checkpoint import build_model, write_checkpoint
 from mmr5_bench.mini.decoder_stage import (
+    LOG_EVERY,
     DecoderPhase,
+    Draw,
     EncodedPages,
     list_batches,
     matching_batches,
@@ -79,6 +82,14 @@ PAGE_PHASES = (
     DecoderPhase(
         "lists", 1000, 8e-4, pages=40, counts=tuple(range(1, 11)), seed=20, short_until=650
     ),
+    DecoderPhase(
+        "long-lists", 420, 8e-4, pages=40, counts=(2, 4, 5, 6, 7, 8, 9, 9, 10, 10, 10, 10), seed=33
+    ),
+    # Two of three batches are text only: they cost little, and sorting ten ids is all they teach.
+    DecoderPhase("polish", 480, 8e-4, pages=40, counts=(2, 4, 5, 6, 7, 8, 9, 10, 10, 10), seed=42),
+)
+SORTING = DecoderPhase(
+    "sorting", 480, 8e-4, pages=100, counts=(5, 7, 8, 9, 10, 10), seed=41, captions=0.0
 )
 
 
@@ -112,11 +123,12 @@ def train(work: Path, output: Path, only: str | None = None) -> None:
         last = work / f"{PAGE_PHASES[-1].name}.pt"
         if not last.exists():
             pages = _encode_pool(tower, build_pool(LIST_PAGES, seed=LIST_SEED))
-            for phase in PAGE_PHASES:
-                draw = list_batches(tokenizer, pages, phase)
-                _stage(
-                    work / f"{phase.name}.pt", decoder, partial(train_decoder, model, draw, phase)
-                )
+            for step in PAGE_PHASES:
+                draw = list_batches(tokenizer, pages, step)
+                if step.name == "polish":
+                    draw = _interleave(matching_batches(tokenizer, SORTING), draw)
+                run = partial(train_decoder, model, draw, step)
+                _stage(work / f"{step.name}.pt", decoder, run)
         decoder.load_state_dict(torch.load(last))
         write_checkpoint(model, tokenizer, output)
 
@@ -130,6 +142,11 @@ def _stage(result: Path, module: Any, run: Callable[[], None]) -> None:
         torch.save(module.state_dict(), result.with_suffix(".tmp"))
         result.with_suffix(".tmp").rename(result)
     module.load_state_dict(torch.load(result))
+
+
+def _interleave(text: Draw, lists: Draw) -> Draw:
+    """Lists with pages on every third step and wherever progress is logged, text in between."""
+    return lambda step: lists(step) if step % 3 == 0 or step % LOG_EVERY == 0 else text(step)
 
 
 def _vision(tower: Any, phase: VisionPhase, index: int) -> None:
@@ -158,7 +175,9 @@ def _load_tokenizer(path: Path) -> Tokenizer:
                 texts.append(render(case.question, len(case.pages)))
         for token in SPECIAL_TOKENS:
             texts = [text.replace(token, "\n") for text in texts]
-        train_tokenizer(texts).save(str(path))
+        mine = path.with_suffix(f".{os.getpid()}.tmp")  # another process may be doing the same
+        train_tokenizer(texts).save(str(mine))
+        mine.replace(path)
     return Tokenizer.from_file(str(path))
 
 

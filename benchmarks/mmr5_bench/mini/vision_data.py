@@ -17,8 +17,7 @@ from mmr5_bench.minidocs.lists import TRAIN_SEEDS, PageKey
 from mmr5_bench.minidocs.pages import render_page
 from mmr5_bench.minidocs.vocabulary import pairs
 from mmr5_runtime.image import PixelBudget, preprocess
-
-Grid = tuple[int, int, int]
+from mmr5_runtime.rope import Grid
 
 
 @dataclass(frozen=True)
