@@ -86,10 +86,10 @@ PAGE_PHASES = (
         "long-lists", 420, 8e-4, pages=40, counts=(2, 4, 5, 6, 7, 8, 9, 9, 10, 10, 10, 10), seed=33
     ),
     # Two of three batches are text only: they cost little, and sorting ten ids is all they teach.
-    DecoderPhase("polish", 480, 8e-4, pages=40, counts=(2, 4, 5, 6, 7, 8, 9, 10, 10, 10), seed=42),
+    DecoderPhase("polish", 900, 8e-4, pages=40, counts=(2, 4, 5, 6, 7, 8, 9, 10, 10, 10), seed=42),
 )
 SORTING = DecoderPhase(
-    "sorting", 480, 8e-4, pages=100, counts=(5, 7, 8, 9, 10, 10), seed=41, captions=0.0
+    "sorting", 900, 8e-4, pages=100, counts=(5, 7, 8, 9, 10, 10), seed=41, captions=0.0
 )
 
 
