@@ -110,13 +110,56 @@ def test_int4_logits_equal_the_golden(engines: Callable[[str], Path]) -> None:
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-def test_int8_logits_equal_the_golden(engines: Callable[[str], Path]) -> None:
+def test_int8_logits_follow_the_golden(engines: Callable[[str], Path]) -> None:
     expected, found = _both(engines("int8"))
     # A last-bit difference in front of a rounding moves an activation by a whole step of 1/127,
-    # here and there; everything else is exact.
+    # and what that changes grows through the layers: the golden itself moves as much when it is
+    # nudged by 1e-7. Each linear on its own is held to its golden below.
     error = (found - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt()
-    assert error <= 2e-3
-    assert (found.argmax(-1) == expected.argmax(-1)).float().mean() >= 0.99
+    assert error <= 3e-2
+    assert (found.argmax(-1) == expected.argmax(-1)).float().mean() >= 0.97
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_every_linear_equals_its_golden_on_what_it_gets(
+    engines: Callable[[str], Path], quant: str
+) -> None:
+    engine = engines(quant)
+    manifest, stored = read_manifest(engine), _stored(engine)
+    with TensorReader(engine, manifest) as reader:
+        ours = Model.from_tensors(manifest.spec, reader.get, manifest.formats)
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    layers: Any = ours.decoder.layers  # nn.ModuleList does not know what it holds
+    for index, layer in enumerate(layers):
+        attention, mlp = f"model.layers.{index}.self_attn.", f"model.layers.{index}.mlp."
+        for names, linear in (
+            ([f"{attention}{part}_proj" for part in "qkv"], layer.qkv),
+            ([f"{attention}o_proj"], layer.o_proj),
+            ([f"{mlp}gate_proj", f"{mlp}up_proj"], layer.mlp.gate_up),
+            ([f"{mlp}down_proj"], layer.mlp.down),
+        ):
+            key = " ".join(names)
+            linear.register_forward_hook(
+                lambda _, x, y, key=key: seen.update({key: (x[0].clone(), y.clone())})
+            )
+    ids = random_prompt(ours.spec, (), 3)
+    positions, _ = mrope_positions(ids, [], ours.spec)
+    prefill(ours, embed_prompt(ours, ids, []), positions, ours.new_arena(len(ids)))
+
+    assert sum(len(key.split()) for key in seen) == len(manifest.formats)
+    for key, (x, y) in seen.items():
+        golden = torch.cat([_linear(name, quant, stored)(x) for name in key.split()], dim=-1)
+        assert (y - golden).abs().max() <= 5e-6 * golden.abs().max(), key
+
+
+def _linear(name: str, quant: str, stored: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    """The golden of one stored linear."""
+    scale, bias = stored[f"{name}.weight_scale"].float(), stored.get(f"{name}.bias")
+    bias = None if bias is None else bias.float()
+    if quant == "int8":
+        return FakeInt8Linear(stored[f"{name}.weight"], scale, bias)
+    weight = _unpack(stored[f"{name}.weight_packed"]).float() * scale.repeat_interleave(128, 1)
+    return lambda x: nn.functional.linear(x, weight, bias)
 
 
 @pytest.mark.parametrize("quant", ["int8", "int4"])
