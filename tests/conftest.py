@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import pytest
 import torch
 
 from helpers.tiny import make_hf_model, tiny_configs, write_checkpoint
+
+# A run in the background starts with SIGINT ignored; the tests of Ctrl-C need it as in a terminal.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tiny models gain nothing from threads and lose much to them when the machine is busy.
 torch.set_num_threads(1)

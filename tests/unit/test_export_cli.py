@@ -125,6 +125,7 @@ def test_a_bar_is_drawn_on_a_terminal_only(tiny_checkpoint: Path, tmp_path: Path
 # Python reports every opened file to audit hooks, which makes a place to stop at.
 STOP_AT_THE_MANIFEST = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs start with it ignored
 def stop(event, arguments):
     if event == "open" and str(arguments[0]).endswith("mmr5_engine.json"):
         os.kill(os.getpid(), signal.{name})
