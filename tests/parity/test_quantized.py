@@ -113,11 +113,11 @@ def test_int4_logits_equal_the_golden(engines: Callable[[str], Path]) -> None:
 def test_int8_logits_follow_the_golden(engines: Callable[[str], Path]) -> None:
     expected, found = _both(engines("int8"))
     # A last-bit difference in front of a rounding moves an activation by a whole step of 1/127,
-    # and what that changes grows through the layers: the golden itself moves as much when it is
-    # nudged by 1e-7. Each linear on its own is held to its golden below.
+    # and what that changes can grow through the layers. Each linear on its own is held to its
+    # golden below.
     error = (found - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt()
-    assert error <= 3e-2
-    assert (found.argmax(-1) == expected.argmax(-1)).float().mean() >= 0.97
+    assert error <= 2e-3
+    assert (found.argmax(-1) == expected.argmax(-1)).float().mean() >= 0.99
 
 
 @pytest.mark.parametrize("quant", ["int8", "int4"])
