@@ -49,6 +49,7 @@ __all__ = [
     "read_manifest",
     "tool_versions",
     "verify_hashes",
+    "work_name",
     "write_manifest",
 ]
 
@@ -60,6 +61,11 @@ _CHUNK = 1 << 20
 def partial_name(name: str, process: int) -> str:
     """Name of the folder beside ``name`` in which an export works until it is complete."""
     return f"{name}{_PARTIAL}{process}"
+
+
+def work_name(name: str) -> str:
+    """Name of the folder beside ``name`` from which an export that was cut off can go on."""
+    return f"{name}{_PARTIAL}work"
 
 
 def is_partial(path: Path) -> bool:
@@ -92,8 +98,8 @@ def read_manifest(folder: Path | str) -> Manifest:
     """Reads the manifest and checks the folder against it, without loading weights.
 
     Raises :class:`EngineError` when the folder or its manifest is missing, an export into it never
-    finished, the schema is newer or unknown, a file is missing or has another size, or the tensors
-    listed are not those of the architecture.
+    finished, the schema is older, newer or unknown, a file is missing or has another size, or the
+    tensors listed are not those of the architecture.
     """
     folder = Path(folder)
     path = folder / MANIFEST_NAME

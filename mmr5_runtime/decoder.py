@@ -52,7 +52,7 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Embedding table, layers, final norm and output head.
 
-    Buffer ``embed_tokens`` [V, hidden]; a tied head shares its memory.
+    Buffer ``embed_tokens`` [V, hidden]; a tied head shares its memory unless it is quantized.
     """
 
     embed_tokens: Tensor
@@ -66,7 +66,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(weights.tensor("model.norm.weight"), spec.rms_norm_eps)
         self.lm_head = (
             weights.shared_linear("the tied lm_head", self.embed_tokens)
-            if spec.tie_word_embeddings
+            if spec.tie_word_embeddings and "lm_head" not in weights.formats
             else weights.linear("lm_head")
         )
 

@@ -1,12 +1,8 @@
 """The one linear of the project: y = x W^T + b, whose storage format decides the kernel.
 
-====== =============================================== ========================================
-format stored tensors (shapes in mmr5_kernels.layout)  product
-====== =============================================== ========================================
-dense  ``weight``                                      in the compute dtype
-int8   ``weight``, ``weight_scale``                    activations to int8 per token, int32 sums
-int4   ``weight_packed``, ``weight_scale``             weight expanded to the compute dtype
-====== =============================================== ========================================
+Without a ``Format`` the weight is dense and the product is in the compute dtype. With one, the
+stored tensors are those of :mod:`mmr5_kernels.layout`; weight-only formats are expanded to the
+compute dtype, the others round the activations of every token to int8 or fp8 and multiply codes.
 
 Any of them may have a ``bias``. Which kernel runs for how many rows, and the layout it reads, is
 the table of :mod:`mmr5_kernels.dispatch`; stored tensors are brought into that layout once, here.
@@ -20,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mmr5_kernels import dispatch
+from mmr5_kernels.layout import Format
 
 
 class Linear(nn.Module):
@@ -33,13 +30,14 @@ class Linear(nn.Module):
     def from_tensors(
         cls,
         tensors: Mapping[str, Tensor],
-        format: str,
+        format: Format | None,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> Linear:
         """Prepares stored tensors, given by suffix ("weight", "weight_scale", "bias", ...).
 
-        A dense weight that is already in ``dtype`` on ``device`` is used as it is, not copied.
+        ``format`` None is dense. A dense weight that is already in ``dtype`` on ``device`` is used
+        as it is, not copied.
         Raises ``ValueError`` when no kernel computes ``format`` in ``dtype`` on ``device``.
         """
         return cls(dispatch.prepare(format, tensors, dtype, device))
@@ -50,13 +48,14 @@ class Linear(nn.Module):
 
     def extra_repr(self) -> str:
         p = self.prepared
-        return f"K={p.k}, N={p.n}, format={p.format}, bias={p.bias is not None}"
+        return f"K={p.k}, N={p.n}, format={p.format and p.format.name}, bias={p.bias is not None}"
 
 
 def concat_rows(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Joins linears of the same input and format into one that gives their outputs side by side.
 
-    Every format keeps one row per output, so all of its tensors are joined along dimension 0. The
-    result is always new memory, also for a single part.
+    Every format keeps one row per output, so all of its tensors are joined along dimension 0
+    (but ``weight_shape``, which must not be among them). The result is always new memory, also for
+    a single part.
     """
     return {suffix: torch.cat([part[suffix] for part in parts]) for suffix in parts[0]}

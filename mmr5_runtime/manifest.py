@@ -1,19 +1,21 @@
 """The contents of ``mmr5_engine.json``: what an engine folder says about itself.
 
-Version 1, as written by ``mmr5-export``; every key is required::
+Version 2, as written by ``mmr5-export``; every key is required::
 
-    schema_version   1
+    schema_version   2
     created_by       {tool: version}
     source           {name, revision or null, files: {name: sha256}} of the checkpoint
     architecture     ModelSpec as JSON
-    quant            {name: bf16|int8|int4, method: none|rtn, group_size or null,
-                      layers: {linear: int8|int4}}; a linear that is not listed is dense
+    quant            {name, method, formats: {format name: fields of Format},
+                      layers: {linear: format name}, recipe: object or null,
+                      calibration: object or null}; a linear that is not listed is dense
     template         {name, sha256} of the prompt template
     pixel_budget     {min_pixels, max_pixels}
     image            {mean: [3], std: [3], patch_size, merge_size, temporal_patch_size}
     files            {name: {sha256, size in bytes}} of every other file in the folder
     tensors          {stored tensor: safetensors file}
-    report           {sqnr_db: {linear: decibels, or null when nothing was lost}}
+    report           object: what was measured at export; sqnr_db in it is {linear: decibels, or
+                      null when nothing was lost}
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mmr5_kernels.layout import Format
 from mmr5_runtime.spec import ModelSpec
 from mmr5_runtime.types import EngineError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,47 @@ class Source:
 
 @dataclass(frozen=True)
 class Quant:
-    """How linears are stored; ``layers`` maps those that are not dense to "int8" or "int4"."""
+    """How linears are stored, and how that came about.
+
+    ``name`` is what was asked for (bf16, int4, ...), ``method`` how codes were chosen (none, rtn,
+    gptq, ...); ``layers`` maps linears that are not dense to their format. ``recipe`` and
+    ``calibration`` are for people and tools: anything that JSON can hold.
+    """
 
     name: str
     method: str
-    group_size: int | None
-    layers: Mapping[str, str]
+    layers: Mapping[str, Format]
+    recipe: Mapping[str, Any] | None = None
+    calibration: Mapping[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """With every format spelled out once, under its name."""
+        formats = {format.name: format.to_json() for format in self.layers.values()}
+        return {
+            "name": self.name,
+            "method": self.method,
+            "formats": dict(sorted(formats.items())),
+            "layers": {linear: format.name for linear, format in self.layers.items()},
+            "recipe": self.recipe,
+            "calibration": self.calibration,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Quant:
+        """Raises ``KeyError``, ``TypeError`` or ``ValueError`` for anything else."""
+        rest = {key: value for key, value in data.items() if key not in ("formats", "layers")}
+        formats = {name: Format.from_json(fields) for name, fields in data["formats"].items()}
+        for name, format in formats.items():
+            if format.name != name:
+                raise ValueError(f"the format {name} has the fields of {format.name}")
+        if unknown := sorted(set(data["layers"].values()) - set(formats)):
+            raise ValueError(f"the format {unknown[0]} is used but not described")
+        layers = {linear: formats[name] for linear, name in data["layers"].items()}
+        for key in ("recipe", "calibration"):
+            if not isinstance(data[key], dict | None):
+                raise ValueError(f"{key} is {data[key]!r} and not an object")
+        _strings({"name": data["name"], "method": data["method"]})
+        return cls(layers=layers, **rest)
 
 
 @dataclass(frozen=True)
@@ -101,16 +139,16 @@ class Manifest:
     image: ImageSettings
     files: Mapping[str, FileEntry]
     tensors: Mapping[str, str]
-    report: Mapping[str, Mapping[str, float | None]]
+    report: Mapping[str, Any]
 
     @property
-    def formats(self) -> Mapping[str, str]:
+    def formats(self) -> Mapping[str, Format]:
         """Storage format by linear, for those that are not dense."""
         return self.quant.layers
 
     @property
     def quant_name(self) -> str:
-        """bf16, int8 or int4."""
+        """What was asked for: bf16, int8, int4, ..."""
         return self.quant.name
 
     @property
@@ -135,21 +173,21 @@ class Manifest:
             "created_by": dict(self.created_by),
             "source": asdict(self.source),
             "architecture": self.spec.to_json(),
-            "quant": asdict(self.quant),
+            "quant": self.quant.to_json(),
             "template": asdict(self.template),
             "pixel_budget": asdict(self.pixel_budget),
             "image": asdict(self.image),
             "files": {name: asdict(entry) for name, entry in self.files.items()},
             "tensors": dict(self.tensors),
-            "report": {key: dict(value) for key, value in self.report.items()},
+            "report": dict(self.report),
         }
 
     @classmethod
     def from_json(cls, data: Any, where: str) -> Manifest:
         """Reads a parsed document; ``where`` names it in errors.
 
-        Raises :class:`EngineError` for a newer or unknown schema, and for a missing, unknown or
-        mistyped key.
+        Raises :class:`EngineError` for an older, newer or unknown schema, and for a missing,
+        unknown or mistyped key.
         """
         _check_schema(data, where)
         try:
@@ -158,7 +196,7 @@ class Manifest:
                 created_by=_strings(data["created_by"]),
                 source=Source(**data["source"]),
                 spec=ModelSpec.from_json(data["architecture"]),
-                quant=Quant(**data["quant"]),
+                quant=Quant.from_json(data["quant"]),
                 template=TemplateRef(**data["template"]),
                 pixel_budget=PixelRange(**data["pixel_budget"]),
                 image=ImageSettings(
@@ -166,9 +204,8 @@ class Manifest:
                 ),
                 files={name: FileEntry(**entry) for name, entry in data["files"].items()},
                 tensors=_strings(data["tensors"]),
-                report={key: dict(value) for key, value in data["report"].items()},
+                report=dict(data["report"].items()),
             )
-            _strings(manifest.quant.layers)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
             raise EngineError(
@@ -185,6 +222,10 @@ def _check_schema(data: Any, where: str) -> None:
         raise EngineError(
             f"{where} has schema version {version}, made by a newer mmr5-runtime than this one, "
             f"which reads up to {SCHEMA_VERSION}; upgrade mmr5-runtime or export the engine again."
+        )
+    if version == 1:
+        raise EngineError(
+            f"{where} was made by an older mmr5-runtime; export the engine again with this version."
         )
     if version != SCHEMA_VERSION:
         raise EngineError(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
+from mmr5_kernels.layout import Format
 from mmr5_runtime.attention import causal_attention
 from mmr5_runtime.decoder import Decoder
 from mmr5_runtime.kvcache import KVArena
@@ -41,16 +42,16 @@ class Model(nn.Module):
         cls,
         spec: ModelSpec,
         get: Callable[[str], Tensor],
-        formats: Mapping[str, str] | None = None,
+        formats: Mapping[str, Format] | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Model:
         """Builds the model from tensors fetched one at a time.
 
         ``get(name)`` returns the stored tensor of a canonical name; ``formats`` maps a linear to
-        "int8" or "int4" where it is not dense; ``dtype`` (fp32 or bf16) is what is computed in.
+        its storage format where it is not dense; ``dtype`` (fp32 or bf16) is what is computed in.
         Raises :class:`CheckpointError` naming a tensor that is missing or has another shape or
-        dtype than the config and the format say.
+        dtype than the config and the format say, :class:`EngineError` for formats that do not fit.
         """
         return cls(spec, Weights(spec, get, formats or {}, dtype, device))
 

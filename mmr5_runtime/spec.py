@@ -20,9 +20,16 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-from mmr5_kernels.layout import GROUP_SIZE, INT4_PER_WORD
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from mmr5_kernels.layout import Format
 from mmr5_runtime.hf_config import parse_text, parse_tokens, parse_vision, require_qwen2_5_vl
 from mmr5_runtime.types import CheckpointError, EngineError
+
+# Rows and columns of an 8-bit matrix product come in multiples of this on GPUs.
+EIGHT_BIT_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,11 @@ class VisionSpec:
     def factor(self) -> int:
         """Pixels on a side of one merged token; pages are resized to multiples of it."""
         return self.patch_size * self.spatial_merge_size
+
+    @property
+    def padded_intermediate(self) -> int:
+        """``intermediate_size`` where the MLP is quantized: 3420, say, becomes 3424."""
+        return -(-self.intermediate_size // EIGHT_BIT_MULTIPLE) * EIGHT_BIT_MULTIPLE
 
     @property
     def merge_unit(self) -> int:
@@ -221,11 +233,52 @@ def vision_linear_shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def linear_shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
-    """``[N, K]`` of every Linear by canonical name; ``lm_head`` is absent when it is tied."""
-    head = {"lm_head": (spec.text.vocab_size, spec.text.hidden_size)}
-    tied = spec.text.tie_word_embeddings
-    return vision_linear_shapes(spec) | decoder_linear_shapes(spec) | ({} if tied else head)
+def linear_shapes(
+    spec: ModelSpec, formats: Mapping[str, Format] | None = None
+) -> dict[str, tuple[int, int]]:
+    """``[N, K]`` of every Linear by canonical name, as it is stored with ``formats``.
+
+    A tied ``lm_head`` is a Linear of its own only when it has a format. The MLP of a vision block
+    that is quantized is padded (see :func:`pad_vision`). Raises :class:`EngineError` for a format
+    of a linear that is not there, and for an MLP of the tower that is quantized in part.
+    """
+    formats = formats or {}
+    shapes = vision_linear_shapes(spec) | decoder_linear_shapes(spec)
+    if not spec.text.tie_word_embeddings or "lm_head" in formats:
+        shapes["lm_head"] = spec.text.vocab_size, spec.text.hidden_size
+    if unknown := [name for name in formats if name not in shapes]:
+        raise EngineError(
+            f"a storage format is given for {_some(unknown)}, which this model does not have; "
+            "export the engine again."
+        )
+    for i in range(spec.vision.depth):
+        block = f"visual.blocks.{i}.mlp."
+        mlp = [f"{block}{part}_proj" for part in ("gate", "up", "down")]
+        if 0 < sum(name in formats for name in mlp) < len(mlp):
+            raise EngineError(
+                f"the linears of {block}* are quantized in part, but share a padded size; export "
+                "the engine with all three of them quantized, or none."
+            )
+        if mlp[0] in formats:
+            size, inner = spec.vision.hidden_size, spec.vision.padded_intermediate
+            shapes |= {mlp[0]: (inner, size), mlp[1]: (inner, size), mlp[2]: (size, inner)}
+    return shapes
+
+
+def pad_vision(name: str, tensor: Tensor, spec: ModelSpec) -> Tensor:
+    """A dense tensor of the tower as it is before its linear is quantized.
+
+    ``name`` is that of a tensor of a block that is quantized: gate and up get rows of zeros (weight
+    [I, hidden] and bias [I]) and down gets columns of zeros ([hidden, I]) until I is
+    ``padded_intermediate``; the product is unchanged. Other tensors are returned as they are.
+    """
+    missing = spec.vision.padded_intermediate - spec.vision.intermediate_size
+    parts = name.split(".")
+    if parts[:2] != ["visual", "blocks"] or "mlp" not in parts:
+        return tensor
+    if "down_proj" in parts:
+        return pad(tensor, (0, missing)) if parts[-1] == "weight" else tensor
+    return pad(tensor, (0, missing) if tensor.ndim == 1 else (0, 0, 0, missing))
 
 
 def linear_names(spec: ModelSpec) -> list[str]:
@@ -243,11 +296,18 @@ def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return stored_shapes(spec, {})
 
 
-def stored_shapes(spec: ModelSpec, formats: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
-    """Shape of every stored tensor when ``formats`` (linear -> format) says how linears are kept.
+def stored_shapes(spec: ModelSpec, formats: Mapping[str, Format]) -> dict[str, tuple[int, ...]]:
+    """Shape of every stored tensor; see :func:`stored_tensors`."""
+    return {name: shape for name, (shape, _) in stored_tensors(spec, formats).items()}
 
-    A linear that ``formats`` leaves out is ``dense``. Raises :class:`EngineError` for an unknown
-    linear or format.
+
+def stored_tensors(
+    spec: ModelSpec, formats: Mapping[str, Format]
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every stored tensor when ``formats`` says how linears are kept.
+
+    A linear that ``formats`` leaves out is dense; dense tensors are bf16 in an engine. Raises
+    :class:`EngineError` for an unknown linear and for a format that does not fit its linear.
     """
     vision, text = spec.vision, spec.text
     frame = (vision.temporal_patch_size, vision.patch_size, vision.patch_size)
@@ -263,37 +323,35 @@ def stored_shapes(spec: ModelSpec, formats: Mapping[str, str]) -> dict[str, tupl
     for i in range(text.num_layers):
         for norm in ("input_layernorm", "post_attention_layernorm"):
             shapes[f"model.layers.{i}.{norm}.weight"] = (text.hidden_size,)
-
-    linears = linear_shapes(spec)
-    if unknown := [name for name in formats if name not in linears]:
-        raise EngineError(
-            f"a storage format is given for {_some(unknown)}, which this model does not have; "
-            "export the engine again."
-        )
-    for name, (rows, columns) in linears.items():
-        shapes |= _linear_tensors(name, rows, columns, formats.get(name, "dense"))
-    return shapes
+    stored = {name: (shape, torch.bfloat16) for name, shape in shapes.items()}
+    for name, (rows, columns) in linear_shapes(spec, formats).items():
+        stored |= _linear_tensors(name, rows, columns, formats.get(name))
+    return stored
 
 
-def _linear_tensors(name: str, rows: int, columns: int, kind: str) -> dict[str, tuple[int, ...]]:
-    if kind == "dense":
-        shapes: dict[str, tuple[int, ...]] = {"weight": (rows, columns)}
-    elif kind == "int8":
-        shapes = {"weight": (rows, columns), "weight_scale": (rows, 1)}
-    elif kind == "int4":
-        shapes = {
-            "weight_packed": (rows, columns // INT4_PER_WORD),
-            "weight_scale": (rows, columns // GROUP_SIZE),
-            "weight_shape": (2,),
+def _linear_tensors(
+    name: str, rows: int, columns: int, format: Format | None
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    if format is None:
+        tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "weight": ((rows, columns), torch.bfloat16)
         }
-    else:
+    elif format.group_size and name.startswith("visual."):
         raise EngineError(
-            f"{name} is stored as {kind!r}, which this version cannot read; export the engine "
-            "again with --quant bf16, int8 or int4."
+            f"{name} is stored as {format.name}, but the vision tower takes no groups; export the "
+            "engine with int8, fp8 or bf16 for it."
         )
+    else:
+        try:
+            tensors = format.tensors(rows, columns)
+        except ValueError as error:
+            raise EngineError(
+                f"{name} cannot be stored as {format.name}: {error} Export the engine with another "
+                "group size."
+            ) from error
     if has_bias(name):
-        shapes["bias"] = (rows,)
-    return {f"{name}.{suffix}": shape for suffix, shape in shapes.items()}
+        tensors["bias"] = ((rows,), torch.bfloat16)
+    return {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
 
 def parameter_count(spec: ModelSpec) -> int:
@@ -302,7 +360,7 @@ def parameter_count(spec: ModelSpec) -> int:
 
 
 def check_names(
-    spec: ModelSpec, available: Iterable[str], formats: Mapping[str, str] | None = None
+    spec: ModelSpec, available: Iterable[str], formats: Mapping[str, Format] | None = None
 ) -> None:
     """Raises :class:`CheckpointError` naming tensors that are missing from or left over in
     ``available`` (canonical names) for a model whose linears are stored as ``formats`` says.

@@ -16,85 +16,86 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from mmr5_kernels.layout import Format
 from mmr5_runtime.linear import Linear, concat_rows
-from mmr5_runtime.spec import ModelSpec, stored_shapes
+from mmr5_runtime.spec import ModelSpec, stored_tensors
 from mmr5_runtime.types import CheckpointError, EngineError
-
-# Storage dtypes that are not simply "any floating point".
-_INTEGER_DTYPES = {
-    ("int8", "weight"): torch.int8,
-    ("int4", "weight_packed"): torch.int32,
-    ("int4", "weight_shape"): torch.int64,
-}
 
 
 class Weights:
     """Hands out checked tensors and linears of one checkpoint.
 
     ``get`` returns a stored tensor by canonical name, on any device; ``formats`` maps a linear to
-    its storage format where that is not ``dense``.
+    its storage format where it is not dense.
     """
 
     def __init__(
         self,
         spec: ModelSpec,
         get: Callable[[str], Tensor],
-        formats: Mapping[str, str],
+        formats: Mapping[str, Format],
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        self._shapes = stored_shapes(spec, formats)
-        self._get, self._formats = get, formats
+        self._stored = stored_tensors(spec, formats)
+        self._get, self.formats = get, formats
         self.dtype, self.device = dtype, device
 
     def tensor(self, name: str) -> Tensor:
         """A dense tensor (norm, embedding, convolution) in the compute dtype, on the device."""
-        return self._checked(name, "dense").to(device=self.device, dtype=self.dtype, copy=True)
+        return self._checked(name, None).to(device=self.device, dtype=self.dtype, copy=True)
 
     def shared_linear(self, name: str, weight: Tensor) -> Linear:
         """A dense linear over a weight [N, K] that :meth:`tensor` gave, sharing its memory."""
-        return self._prepare(name, {"weight": weight}, "dense")
+        return self._prepare(name, {"weight": weight}, None)
 
     def linear(self, *names: str) -> Linear:
         """One linear, or several of the same input and format fused along their outputs."""
-        kinds = {name: self._formats.get(name, "dense") for name in names}
-        if len(set(kinds.values())) > 1:
+        formats = {name: self.formats.get(name) for name in names}
+        if len(set(formats.values())) > 1:
+            kinds = {name: "dense" if kind is None else kind.name for name, kind in formats.items()}
             raise EngineError(
                 f"linears that run as one are stored differently ({kinds}); export the engine with "
                 "one format for them."
             )
-        kind = kinds[names[0]]
-        parts = [self._parts(name, kind) for name in names]
-        return self._prepare(" + ".join(names), concat_rows(parts), kind)
+        format = formats[names[0]]
+        parts = [self._parts(name, format) for name in names]
+        return self._prepare(" + ".join(names), concat_rows(parts), format)
 
-    def _prepare(self, name: str, stored: Mapping[str, Tensor], kind: str) -> Linear:
+    def _prepare(self, name: str, stored: Mapping[str, Tensor], format: Format | None) -> Linear:
         try:
-            return Linear.from_tensors(stored, kind, self.dtype, self.device)
+            return Linear.from_tensors(stored, format, self.dtype, self.device)
         except ValueError as error:
             raise EngineError(f"{name} cannot be run: {error}") from error
 
-    def _parts(self, name: str, kind: str) -> dict[str, Tensor]:
-        suffixes = ("weight", "weight_packed", "weight_scale", "bias")
+    def _parts(self, name: str, format: Format | None) -> dict[str, Tensor]:
+        """The stored tensors of a linear but ``weight_shape``, which only other readers need."""
+        suffixes = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "bias")
         keys = {suffix: f"{name}.{suffix}" for suffix in suffixes}
-        return {s: self._checked(key, kind) for s, key in keys.items() if key in self._shapes}
+        return {
+            suffix: self._checked(key, None if suffix == "bias" else format)
+            for suffix, key in keys.items()
+            if key in self._stored
+        }
 
-    def _checked(self, name: str, kind: str) -> Tensor:
+    def _checked(self, name: str, format: Format | None) -> Tensor:
         try:
             found = self._get(name)
         except KeyError as error:
             raise CheckpointError(
                 f"the weights lack {name}; download or export every file again."
             ) from error
-        expected = self._shapes[name]
+        expected, dtype = self._stored[name]
         if tuple(found.shape) != expected:
             raise CheckpointError(
                 f"{name} has shape {list(found.shape)} but the config says {list(expected)}; check "
                 "that config.json belongs to these files."
             )
-        wanted = _INTEGER_DTYPES.get((kind, name.rpartition(".")[2]))
-        if found.dtype != wanted if wanted else not found.is_floating_point():
+        # A dense tensor may come in any ordinary floating point; fp8 codes lack their scales.
+        dense_fits = found.is_floating_point() and found.dtype.itemsize > 1
+        if found.dtype != dtype if format else not dense_fits:
+            kept = f"format {format.name} keeps {dtype}" if format else "dense tensors are floats"
             raise CheckpointError(
-                f"{name} is stored as {found.dtype} but its format {kind} keeps "
-                f"{wanted or 'floating point numbers'}; export the weights again."
+                f"{name} is stored as {found.dtype} but {kept}; export the weights again."
             )
         return found

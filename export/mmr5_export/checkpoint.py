@@ -20,7 +20,7 @@ from mmr5_runtime.types import CheckpointError
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_FLOATS = ("BF16", "F16", "F32")
+FLOATS = ("BF16", "F16", "F32")  # as safetensors names them
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,7 @@ class Checkpoint:
 
         The file is mapped anew each time: its pages leave memory together with the tensor.
         """
-        stored = self.tensors[name]
-        with _open(self.folder / stored.file) as reader:
-            tensor: Tensor = reader.get_tensor(stored.name)
-        return tensor
+        return read_tensor(self.folder, self.tensors[name])
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -61,14 +58,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Raises :class:`CheckpointError` for a checkpoint that is not Qwen2.5-VL, is quantized already,
     keeps no safetensors, or whose tensors are missing, left over, there twice or misshapen.
     """
-    config = read_json(folder / "config.json")
-    generation = folder / "generation_config.json"
-    spec = ModelSpec.from_hf_config(config, read_json(generation) if generation.exists() else None)
+    config, spec = read_spec(folder)
     if config.get("quantization_config"):
         raise CheckpointError(
             f"{folder} is quantized already; export from the original bf16 checkpoint."
         )
-    tensors, shapes = _scan(folder)
+    tensors, shapes = scan(folder)
     check_names(spec, tensors)
     for name, expected in tensor_shapes(spec).items():
         shape, dtype = shapes[name]
@@ -77,11 +72,19 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 f"{name} has shape {list(shape)} but config.json says {list(expected)}; check that "
                 f"config.json belongs to the weights in {folder}."
             )
-        if dtype not in _FLOATS:
+        if dtype not in FLOATS:
             raise CheckpointError(
                 f"{name} is stored as {dtype}; export from a bf16, fp16 or fp32 checkpoint."
             )
     return Checkpoint(folder, spec, tensors)
+
+
+def read_spec(folder: Path) -> tuple[dict[str, Any], ModelSpec]:
+    """``config.json`` of a checkpoint folder, and the architecture it describes."""
+    config = read_json(folder / "config.json")
+    generation = folder / "generation_config.json"
+    stop = read_json(generation) if generation.exists() else None
+    return config, ModelSpec.from_hf_config(config, stop)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -99,8 +102,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _scan(folder: Path) -> tuple[dict[str, StoredTensor], dict[str, tuple[tuple[int, ...], str]]]:
-    """Place, and shape with dtype, of every tensor in the weight files, by canonical name."""
+def scan(folder: Path) -> tuple[dict[str, StoredTensor], dict[str, tuple[tuple[int, ...], str]]]:
+    """Place, and shape with dtype, of every tensor in the weight files, by canonical name.
+
+    Raises :class:`CheckpointError` for files that are missing, cut short, or hold a tensor twice.
+    """
     tensors: dict[str, StoredTensor] = {}
     shapes: dict[str, tuple[tuple[int, ...], str]] = {}
     for file, listed in _weight_files(folder).items():
@@ -122,6 +128,13 @@ def _scan(folder: Path) -> tuple[dict[str, StoredTensor], dict[str, tuple[tuple[
                 view = reader.get_slice(name)
                 shapes[known] = tuple(view.get_shape()), str(view.get_dtype())
     return tensors, shapes
+
+
+def read_tensor(folder: Path, stored: StoredTensor) -> Tensor:
+    """One tensor on the CPU, in the dtype it is stored in."""
+    with _open(folder / stored.file) as reader:
+        tensor: Tensor = reader.get_tensor(stored.name)
+    return tensor
 
 
 def _weight_files(folder: Path) -> dict[str, set[str]]:

@@ -10,18 +10,26 @@ from pathlib import Path
 
 import torch
 
-from mmr5_kernels.layout import GROUP_SIZE
-from mmr5_runtime.spec import ModelSpec, decoder_linear_shapes, stored_shapes
+from mmr5_kernels.layout import (
+    FP8,
+    GROUP_SIZE,
+    GROUP_SIZES,
+    INT8,
+    INT8_WEIGHT_ONLY,
+    Format,
+)
+from mmr5_runtime.spec import (
+    ModelSpec,
+    decoder_linear_shapes,
+    linear_shapes,
+    stored_tensors,
+    vision_linear_shapes,
+)
 from mmr5_runtime.types import CheckpointError, ExportError
 
-QUANTS = ("bf16", "int8", "int4")
+QUANTS = ("bf16", "int8", "int8-weight-only", "fp8", "int4")
 MAX_FILE_BYTES = 2 << 30
 _MANIFEST_BYTES = 1 << 20  # generous: a 7B manifest takes about 150 kB
-_DTYPES = {
-    ("int8", "weight"): torch.int8,
-    ("int4", "weight_packed"): torch.int32,
-    ("int4", "weight_shape"): torch.int64,
-}
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class Stored:
 class Plan:
     """``formats`` maps quantized linears to their format; ``stored`` is in order of writing."""
 
-    formats: Mapping[str, str]
+    formats: Mapping[str, Format]
     stored: tuple[Stored, ...]
 
     @property
@@ -51,44 +59,87 @@ class Plan:
         return sum(tensor.num_bytes for tensor in self.stored)
 
 
-def make_plan(spec: ModelSpec, quant: str, max_file_bytes: int = MAX_FILE_BYTES) -> Plan:
-    """Lays out an engine: decoder linears as ``quant`` says, everything else dense bf16.
+def make_plan(
+    spec: ModelSpec, formats: Mapping[str, Format], max_file_bytes: int = MAX_FILE_BYTES
+) -> Plan:
+    """Lays out an engine whose linears are stored as ``formats`` says, everything else as bf16.
 
-    Raises :class:`ExportError` for an unknown ``quant`` and :class:`CheckpointError` naming a
-    linear that int4 groups do not fit.
+    Raises :class:`CheckpointError` naming a linear whose columns the groups of its format do not
+    divide, and :class:`EngineError` for formats that no engine can have (a linear that is not
+    there, a vision MLP quantized in part).
     """
-    formats = linear_formats(spec, quant)
-    shapes = stored_shapes(spec, formats)
-    dtypes = {name: _dtype(name, formats) for name in shapes}
+    check_groups(spec, formats)
+    tensors = stored_tensors(spec, formats)
     numbers: dict[str, int] = {}
     number, filled = 0, 0
-    for name, shape in shapes.items():
-        size = _num_bytes(dtypes[name], shape)
+    for name, (shape, dtype) in tensors.items():
+        size = _num_bytes(dtype, shape)
         if filled and filled + size > max_file_bytes:
             number, filled = number + 1, 0
         filled += size
         numbers[name] = number
     files = [f"model-{i:05}-of-{number + 1:05}.safetensors" for i in range(1, number + 2)]
-    return Plan(
-        formats,
-        tuple(Stored(name, dtypes[name], shapes[name], files[numbers[name]]) for name in shapes),
+    stored = (
+        Stored(name, dtype, shape, files[numbers[name]]) for name, (shape, dtype) in tensors.items()
     )
+    return Plan(formats, tuple(stored))
 
 
-def linear_formats(spec: ModelSpec, quant: str) -> dict[str, str]:
-    """Storage format of every linear that ``quant`` does not leave dense."""
-    if quant not in QUANTS:
-        raise ExportError(f"quantization {quant!r} is unknown; choose one of {', '.join(QUANTS)}.")
-    if quant == "bf16":
+def linear_formats(
+    spec: ModelSpec,
+    quant: str,
+    lm_head: str | None = None,
+    vision: str = "bf16",
+    group_size: int = GROUP_SIZE,
+    symmetric: bool = True,
+) -> dict[str, Format]:
+    """Storage format of every linear that these options do not leave dense.
+
+    ``quant`` is that of the decoder layers; ``lm_head`` is bf16, int4 or int8, which is weight-only
+    (default: int8, or bf16 when everything is); ``vision`` is bf16, int8 or fp8, for every linear
+    of the tower. ``group_size`` and ``symmetric`` are those of int4.
+
+    Raises :class:`ExportError` for an unknown option and :class:`CheckpointError` naming a linear
+    that the groups do not fit.
+    """
+    try:
+        int4 = Format("int4", group_size, symmetric)
+    except ValueError as error:
+        raise ExportError(f"int4 cannot be stored like that: {error}") from error
+    lm_head = lm_head or ("bf16" if quant == "bf16" else "int8")
+    decoder = {"int4": int4, "int8": INT8, "int8-weight-only": INT8_WEIGHT_ONLY, "fp8": FP8}
+    formats = {
+        **_chosen("quantization", quant, decoder, decoder_linear_shapes(spec)),
+        **_chosen("lm_head", lm_head, {"int8": INT8_WEIGHT_ONLY, "int4": int4}, ["lm_head"]),
+        **_chosen("vision", vision, {"int8": INT8, "fp8": FP8}, vision_linear_shapes(spec)),
+    }
+    check_groups(spec, formats)
+    return formats
+
+
+def _chosen(
+    what: str, name: str, known: Mapping[str, Format], linears: Iterable[str]
+) -> dict[str, Format]:
+    if name == "bf16":
         return {}
-    linears = decoder_linear_shapes(spec)
-    for name, (_, columns) in linears.items():
-        if quant == "int4" and columns % GROUP_SIZE:
-            raise CheckpointError(
-                f"{name} has {columns} columns, which int4 groups of {GROUP_SIZE} do not fit; "
-                "export with --quant int8 or bf16."
-            )
-    return dict.fromkeys(linears, quant)
+    if name not in known:
+        choices = ", ".join(("bf16", *known))
+        raise ExportError(f"{what} {name!r} is unknown; choose one of {choices}.")
+    return dict.fromkeys(linears, known[name])
+
+
+def check_groups(spec: ModelSpec, formats: Mapping[str, Format]) -> None:
+    """Raises :class:`CheckpointError` naming a linear that the groups of its format do not fit."""
+    for name, (_, columns) in linear_shapes(spec, formats).items():
+        format = formats.get(name)
+        if format is None or format.group_size is None or columns % format.group_size == 0:
+            continue
+        fitting = [str(size) for size in GROUP_SIZES if columns % size == 0]
+        remedy = f"a group size of {' or '.join(fitting)} fits" if fitting else "no group size fits"
+        raise CheckpointError(
+            f"{name} has {columns} columns, which {format.weights} groups of {format.group_size} "
+            f"do not fit; {remedy}, and so do int8, fp8 and bf16."
+        )
 
 
 def check_disk(folder: Path, plan: Plan, copied: Iterable[Path], free: int | None = None) -> None:
@@ -104,11 +155,6 @@ def check_disk(folder: Path, plan: Plan, copied: Iterable[Path], free: int | Non
             f"the engine needs {_gigabytes(needed)} but the disk of {folder} has "
             f"{_gigabytes(free)} free; make room or choose another --output."
         )
-
-
-def _dtype(name: str, formats: Mapping[str, str]) -> torch.dtype:
-    linear, _, suffix = name.rpartition(".")
-    return _DTYPES.get((formats.get(linear, "dense"), suffix), torch.bfloat16)
 
 
 def _num_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:

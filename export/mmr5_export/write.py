@@ -19,7 +19,10 @@ from mmr5_runtime.artifact import MANIFEST_NAME, partial_name
 from mmr5_runtime.types import ExportError
 
 _DTYPE_NAMES = {
+    torch.float32: "F32",
     torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
     torch.int8: "I8",
     torch.int32: "I32",
     torch.int64: "I64",
@@ -125,13 +128,14 @@ def partial_folder(output: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        _replace(partial, output)
+        replace_folder(partial, output)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def _replace(partial: Path, output: Path) -> None:
+def replace_folder(partial: Path, output: Path) -> None:
+    """Gives ``partial`` the name ``output``; a folder there is removed once that has worked."""
     if not output.exists():
         partial.rename(output)
         return

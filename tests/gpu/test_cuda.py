@@ -9,6 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.stored import FORMATS, format_name, random_parts
+from mmr5_kernels import dispatch, reference
+from mmr5_kernels.layout import Format
 from mmr5_runtime import Reranker
 from mmr5_runtime.loading import load_engine
 from mmr5_runtime.model import embed_prompt, prefill
@@ -18,7 +21,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-QUANTS = ("bf16", "int8", "int4")
+QUANTS = ("bf16", "int8", "int8-weight-only", "fp8", "int4")
 GRID = (1, 10, 14)
 
 
@@ -39,9 +42,27 @@ def _logits(engine: Path, device: str) -> torch.Tensor:
 def test_logits_equal_those_of_the_cpu(tiny_engine: Callable[[str], Path], quant: str) -> None:
     expected = _logits(tiny_engine(quant), "cpu")
     found = _logits(tiny_engine(quant), "cuda")
-    # int8 rounds activations: a last-bit difference before the rounding can move a code by one.
-    tolerance = 5e-2 if quant == "int8" else 2e-3
+    # These round activations: a last-bit difference before the rounding can move a code by one.
+    tolerance = 5e-2 if quant in ("int8", "fp8") else 2e-3
     assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("format", FORMATS, ids=format_name)
+def test_every_kernel_agrees_with_the_reference_on_the_cpu(
+    format: Format, dtype: torch.dtype
+) -> None:
+    parts = random_parts(format, 208, 384)
+    specified = {"int8": reference.linear_int8, "fp8": reference.linear_fp8}.get(
+        format.activations or "", reference.linear_weight_only
+    )
+    prepared = dispatch.prepare(format, parts, dtype, "cuda")
+    for m in (1, 17, 256):
+        x = torch.randn(m, 384, generator=torch.Generator().manual_seed(m)).to(dtype)
+        wanted = specified(x, format, parts)
+        error = dispatch.run(prepared, x.cuda()).cpu().double() - wanted
+        # Sums in another order; bf16 results then round differently here and there.
+        assert error.norm() <= (1e-5 if dtype == torch.float32 else 4e-3) * wanted.double().norm()
 
 
 @pytest.mark.parametrize("quant", QUANTS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mmr5_kernels.layout import INT4, INT8_WEIGHT_ONLY
 from mmr5_runtime.artifact import (
     MANIFEST_NAME,
     Manifest,
     TensorReader,
     read_manifest,
     verify_hashes,
+    write_manifest,
 )
 from mmr5_runtime.spec import stored_shapes
 from mmr5_runtime.types import EngineError
 
+FIELDS = INT8_WEIGHT_ONLY.to_json()
 EngineFactory = Callable[[str], Path]
 WEIGHTS = "model-00001-of-00001.safetensors"
 
@@ -54,10 +58,36 @@ def test_a_manifest_reads_back_as_it_was_written(engine: Path) -> None:
     assert Manifest.from_json(data, "here") == manifest
     verify_hashes(engine, manifest)
     assert manifest.quant_name == "int4"
-    assert manifest.quant.method == "rtn" and manifest.quant.group_size == 128
+    assert manifest.quant.method == "rtn" and set(manifest.formats.values()) == {
+        INT4,
+        INT8_WEIGHT_ONLY,
+    }
     assert manifest.num_bytes == sum(
         file.stat().st_size for file in engine.iterdir() if file.name != MANIFEST_NAME
     )
+
+
+def test_recipe_and_calibration_read_back(engine: Path) -> None:
+    recipe = {"layers": [{"match": "lm_head", "format": "int4"}], "name": "mine"}
+    manifest = read_manifest(engine)
+    quant = replace(manifest.quant, recipe=recipe, calibration={"samples": 3})
+    write_manifest(engine, replace(manifest, quant=quant, report={"sqnr_db": {}, "free": [1]}))
+    found = read_manifest(engine)
+    assert found.quant == quant and found.report["free"] == [1]
+
+
+def test_every_format_is_described_once(engine: Path) -> None:
+    quant = json.loads((engine / MANIFEST_NAME).read_text())["quant"]
+    assert quant["formats"] == {"w4a16-g128": INT4.to_json(), "w8a16": FIELDS}
+    assert quant["layers"]["lm_head"] == "w8a16" and len(quant["layers"]) == 3 * 7 + 1
+
+
+def test_a_format_that_does_not_fit_its_linear(engine: Path) -> None:
+    def change(data: dict[str, Any]) -> None:
+        data["architecture"]["text"]["intermediate_size"] = 144
+
+    change_manifest(engine, change)
+    assert "down_proj cannot be stored as w4a16-g128: 144 columns are no" in refusal(engine)
 
 
 def test_the_reader_gives_every_tensor_in_its_planned_shape(engine: Path) -> None:
@@ -102,9 +132,14 @@ def test_an_unknown_schema(engine: Path, version: object) -> None:
 
 
 def test_a_newer_schema(engine: Path) -> None:
-    change_manifest(engine, lambda data: data.update(schema_version=2))
+    change_manifest(engine, lambda data: data.update(schema_version=3))
     assert "made by a newer mmr5-runtime" in refusal(engine)
     assert "upgrade mmr5-runtime or export" in refusal(engine)
+
+
+def test_an_older_schema(engine: Path) -> None:
+    change_manifest(engine, lambda data: data.update(schema_version=1))
+    assert "made by an older mmr5-runtime; export the engine again" in refusal(engine)
 
 
 def test_a_manifest_that_is_no_object(engine: Path) -> None:
@@ -117,6 +152,16 @@ def test_a_manifest_that_is_no_object(engine: Path) -> None:
     [
         (lambda data: data.pop("files"), "it lacks 'files'"),
         (lambda data: data["quant"].update(bits=4), "unexpected keyword argument 'bits'"),
+        (lambda data: data["quant"].pop("calibration"), "it lacks 'calibration'"),
+        (lambda data: data["quant"].update(recipe=[1]), "recipe is [1] and not an object"),
+        (lambda data: data["quant"].update(method=None), "a name is not text"),
+        (lambda data: data["quant"]["layers"].update(lm_head="w2a16"), "format w2a16 is used but"),
+        (lambda data: data["quant"]["formats"].update(w9=FIELDS), "w9 has the fields of w8a16"),
+        (
+            lambda data: data["quant"]["formats"]["w8a16"].update(weights="int2"),
+            "int2 weights with 16-bit activations are not supported",
+        ),
+        (lambda data: data.update(report=[]), "cannot be read"),
         (lambda data: data["files"][WEIGHTS].update(size="many"), "size is 'many'"),
         (lambda data: data["pixel_budget"].update(min_pixels=2.5), "min_pixels is 2.5"),
         (lambda data: data["image"].update(mean=[0.5]), "not enough values"),

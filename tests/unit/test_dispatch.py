@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
-from mmr5_kernels import dispatch, reference
-from mmr5_kernels.cpu import matmul_int8_blocks
-from mmr5_kernels.layout import pack_int4
+from helpers.stored import FORMATS, format_name, random_parts
+from mmr5_kernels import cpu, dispatch, reference
+from mmr5_kernels.layout import FP8, INT4, INT8, INT8_WEIGHT_ONLY, Format, unpack_int4
 
 SIZES_M = (1, 2, 8, 16, 17, 33, 256)
+SIZES_N = (64, 208, 33)
 BF16, FP32 = torch.bfloat16, torch.float32
+WEIGHT_ONLY = [format for format in FORMATS if not format.activations]
 
-# int4_pack does not round weights to bf16 as the reference does: two errors of about 2e-3 differ.
-# fp32 sums of the same products in another order differ by some units in the last place.
+# The packing kernels do not round weights to bf16 as the reference does: two errors of about 2e-3
+# differ. fp32 sums of the same products in another order differ by some units in the last place.
 TOLERANCE = {BF16: 4e-3, FP32: 1e-6}
 
 
-def int4_weight(n: int, k: int, seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(-8, 8, (n, k), generator=generator, dtype=torch.int8)
-    scale = torch.rand(n, k // 128, generator=generator) * 0.01 + 1e-3
-    return {"weight_packed": pack_int4(codes), "weight_scale": scale.to(BF16)}
-
-
-def int8_weight(n: int, k: int, seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(-127, 128, (n, k), generator=generator, dtype=torch.int8)
-    scale = torch.rand(n, 1, generator=generator) * 1e-3 + 1e-4
-    return {"weight": codes, "weight_scale": scale.to(BF16)}
+def specification(format: Format) -> Callable[..., Tensor]:
+    return {"int8": reference.linear_int8, "fp8": reference.linear_fp8}.get(
+        format.activations or "", reference.linear_weight_only
+    )
 
 
 def activations(m: int, k: int, dtype: torch.dtype) -> Tensor:
@@ -42,19 +38,19 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [BF16, FP32])
-@pytest.mark.parametrize(("n", "k"), [(64, 128), (208, 384), (33, 256)])
-def test_int4_kernels_agree_with_the_reference(
-    n: int, k: int, dtype: torch.dtype, bias: bool
+@pytest.mark.parametrize("n", SIZES_N)
+@pytest.mark.parametrize("format", FORMATS, ids=format_name)
+def test_kernels_agree_with_the_reference(
+    format: Format, n: int, dtype: torch.dtype, bias: bool
 ) -> None:
-    tensors = int4_weight(n, k)
+    k = 384
+    tensors = random_parts(format, n, k)
     if bias:
         tensors["bias"] = activations(1, n, BF16)[0]
-    prepared = dispatch.prepare("int4", tensors, dtype, "cpu")
+    prepared = dispatch.prepare(format, tensors, dtype, "cpu")
     for m in SIZES_M:
         x = activations(m, k, dtype)
-        wanted = reference.linear_int4(
-            x, tensors["weight_packed"], tensors["weight_scale"], prepared.bias
-        )
+        wanted = specification(format)(x, format, tensors, prepared.bias)
         found = dispatch.run(prepared, x)
         assert found.dtype == dtype
         assert relative_error(found, wanted) <= TOLERANCE[dtype], m
@@ -62,22 +58,34 @@ def test_int4_kernels_agree_with_the_reference(
 
 
 @pytest.mark.parametrize("m", SIZES_M)
-def test_int4_pack_is_nearer_to_the_truth_than_its_reference(m: int) -> None:
-    tensors = int4_weight(256, 512)
-    packed, scale = tensors["weight_packed"], tensors["weight_scale"]
-    prepared = dispatch.prepare("int4", tensors, BF16, "cpu")
+@pytest.mark.parametrize("format", WEIGHT_ONLY, ids=format_name)
+def test_packing_kernels_are_near_the_truth(format: Format, m: int) -> None:
+    tensors = random_parts(format, 256, 512)
+    prepared = dispatch.prepare(format, tensors, BF16, "cpu")
     x = activations(m, 512, BF16)
-    truth = x.double() @ reference.dequantize_int4(packed, scale, FP32).double().T
-    kernel = relative_error(dispatch.run(prepared, x), truth)
-    assert kernel <= relative_error(reference.linear_int4(x, packed, scale), truth) <= 4e-3
+    truth = x.double() @ reference.dequantize(format, tensors, FP32).double().T
+    exact = relative_error(reference.linear_weight_only(x, format, tensors), truth)
+    assert exact <= 4e-3
+    assert relative_error(dispatch.run(prepared, x), truth) <= exact
 
 
-def test_a_weight_of_several_row_blocks_agrees_with_the_reference() -> None:
-    tensors = int4_weight(1100, 2048)  # blocks of 512 rows
-    prepared = dispatch.prepare("int4", tensors, FP32, "cpu")
+@pytest.mark.parametrize("format", FORMATS, ids=format_name)
+def test_a_weight_of_several_row_blocks_agrees_with_the_reference(format: Format) -> None:
+    tensors = random_parts(format, 1100, 2048)  # blocks of 512 rows
     x = activations(3, 2048, FP32)
-    wanted = reference.linear_int4(x, tensors["weight_packed"], tensors["weight_scale"])
-    assert relative_error(dispatch.run(prepared, x), wanted) <= TOLERANCE[FP32]
+    for dtype in (FP32, BF16):
+        prepared = dispatch.prepare(format, tensors, dtype, "cpu")
+        wanted = specification(format)(x.to(dtype), format, tensors)
+        assert relative_error(dispatch.run(prepared, x.to(dtype)), wanted) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("n", [16, 48, 528, 1104])
+@pytest.mark.parametrize("k", [128, 2048, 8192])
+def test_packing_some_rows_at_a_time_gives_the_same_bytes(n: int, k: int) -> None:
+    parts = random_parts(INT4, n, k)
+    codes = unpack_int4(parts["weight_packed"]).int() + 8
+    whole = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    assert torch.equal(cpu.repack_int4(INT4, parts, BF16)["weight"], whole)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -86,13 +94,13 @@ def test_a_weight_of_several_row_blocks_agrees_with_the_reference() -> None:
 def test_int8_kernels_equal_the_reference_bit_for_bit(
     n: int, k: int, dtype: torch.dtype, bias: bool
 ) -> None:
-    tensors = int8_weight(n, k)
+    tensors = random_parts(INT8, n, k)
     if bias:
         tensors["bias"] = activations(1, n, BF16)[0]
-    prepared = dispatch.prepare("int8", tensors, dtype, "cpu")
+    prepared = dispatch.prepare(INT8, tensors, dtype, "cpu")
     for m in SIZES_M:
         x = activations(m, k, dtype)
-        wanted = reference.linear_int8(x, tensors["weight"], tensors["weight_scale"], prepared.bias)
+        wanted = reference.linear_int8(x, INT8, tensors, prepared.bias)
         assert torch.equal(dispatch.run(prepared, x), wanted), m
 
 
@@ -103,59 +111,104 @@ def test_integer_sums_are_exact_at_the_largest_codes() -> None:
         weight[0, ::2] = 126  # an odd sum does not survive a rounded fp32 addition
         wanted = x.long() @ weight.long().T
         assert torch.equal(reference.matmul_int8(x, weight).long(), wanted)
-        assert torch.equal(matmul_int8_blocks(x, weight).long(), wanted)
+        assert torch.equal(cpu.matmul_int8_blocks(x, weight).long(), wanted)
 
 
-def test_a_token_of_zeros_gives_the_bias() -> None:
-    tensors = int8_weight(16, 128) | {"bias": torch.arange(16.0)}
-    prepared = dispatch.prepare("int8", tensors, FP32, "cpu")
+def test_every_fp8_code_is_looked_up_as_torch_converts_it() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(16, 16)
+    found = cpu._fp8_values(codes)
+    assert torch.equal(found.nan_to_num(nan=-1), codes.float().nan_to_num(nan=-1))
+
+
+def test_fp8_activations_are_the_nearest_codes() -> None:
+    x = torch.tensor([[448.0, 1.0, 17.0, -0.7], [0.0, 0.0, 0.0, 0.0], [896.0, -896.0, 3.0, 2.0]])
+    codes, scale = reference.quantize_activations_fp8(x)
+    assert scale.tolist() == [[1.0], [1.0], [2.0]]
+    # Codes near 17 are 16 and 18 (the tie goes to the even one), near 0.7 0.6875 and 0.75.
+    assert codes.float()[0].tolist() == [448.0, 1.0, 16.0, -0.6875]
+    assert codes.float()[2].tolist() == [448.0, -448.0, 1.5, 1.0]
+
+
+def test_fp8_products_are_those_of_the_codes() -> None:
+    parts = random_parts(FP8, 24, 2500)
+    x = activations(5, 2500, FP32)
+    codes, x_scale = reference.quantize_activations_fp8(x)
+    truth = (codes.double() @ parts["weight"].double().T) * x_scale * parts["weight_scale"].T
+    found = reference.linear_fp8(x, FP8, parts)
+    # Sums of 2,500 products that were rounded to fp32 one after the other.
+    assert relative_error(found, truth) <= 2500**0.5 * 2**-24
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=format_name)
+def test_a_token_of_zeros_gives_the_bias(format: Format) -> None:
+    tensors = random_parts(format, 16, 128) | {"bias": torch.arange(16.0)}
+    prepared = dispatch.prepare(format, tensors, FP32, "cpu")
     assert torch.equal(dispatch.run(prepared, torch.zeros(1, 128)), torch.arange(16.0)[None])
 
 
 @pytest.mark.parametrize("shape", [(128,), (2, 128), (2, 3, 128), (0, 128)])
-@pytest.mark.parametrize("format", ["dense", "int8", "int4"])
-def test_leading_dimensions_are_kept(format: str, shape: tuple[int, ...]) -> None:
-    weight = {"dense": {"weight": torch.randn(32, 128)}, "int8": int8_weight(32, 128)}
-    tensors = weight.get(format) or int4_weight(32, 128)
+@pytest.mark.parametrize("format", [None, *FORMATS], ids=format_name)
+def test_leading_dimensions_are_kept(format: Format | None, shape: tuple[int, ...]) -> None:
+    tensors = random_parts(format, 32, 128)
     for dtype in (BF16, FP32):
         prepared = dispatch.prepare(format, tensors, dtype, "cpu")
         assert dispatch.run(prepared, torch.ones(shape, dtype=dtype)).shape == (*shape[:-1], 32)
 
 
 def test_the_table_says_which_kernel_runs() -> None:
-    assert dispatch.choose("int4", "cpu", BF16, 1, 2048) == "int4_pack"
-    assert dispatch.choose("int4", "cpu", BF16, 1, 2047) == "int4_rows"  # not a multiple of 16
-    assert dispatch.choose("int4", "cpu", FP32, 1, 2048) == "int4_rows"
-    assert dispatch.choose("int8", "cpu", BF16, 256, 100) == "int8_blocks"
-    assert dispatch.choose("int4", "cuda", BF16, 1, 2048) == "int4_reference"
-    assert dispatch.choose("dense", "cuda", torch.float16, 9, 7) == "dense"
+    grouped, wide = Format("int8", 32), Format("int4", 128, scale="fp16")
+    assert dispatch.choose(INT4, "cpu", BF16, 1, 2048) == "int4_pack"
+    assert dispatch.choose(Format("int4", 32, False), "cpu", BF16, 1, 2048) == "int4_pack"
+    assert dispatch.choose(INT4, "cpu", BF16, 1, 2047) == "weight_only_rows"  # no multiple of 16
+    assert dispatch.choose(INT4, "cpu", FP32, 1, 2048) == "weight_only_rows"
+    assert dispatch.choose(wide, "cpu", BF16, 1, 2048) == "weight_only_rows"
+    assert dispatch.choose(INT8_WEIGHT_ONLY, "cpu", BF16, 9, 7) == "int8_pack"
+    assert dispatch.choose(INT8_WEIGHT_ONLY, "cpu", FP32, 9, 7) == "weight_only_rows"
+    assert dispatch.choose(grouped, "cpu", BF16, 9, 7) == "weight_only_rows"
+    assert dispatch.choose(INT8, "cpu", BF16, 256, 100) == "int8_blocks"
+    assert dispatch.choose(FP8, "cpu", FP32, 256, 100) == "fp8_rows"
+    assert dispatch.choose(INT4, "cuda", BF16, 1, 2048) == "weight_only_reference"
+    assert dispatch.choose(FP8, "cuda", BF16, 1, 2048) == "fp8_reference"
+    assert dispatch.choose(None, "cuda", torch.float16, 9, 7) == "dense"
+
+
+@pytest.mark.parametrize("format", [None, *FORMATS], ids=format_name)
+def test_every_format_has_a_kernel_on_both_devices(format: Format | None) -> None:
+    for device_type in ("cpu", "cuda"):
+        for dtype in (BF16, FP32):
+            assert dispatch.choose(format, device_type, dtype, 1, 33) in dispatch.KERNELS
 
 
 def test_only_the_layouts_in_use_are_kept() -> None:
-    prepared = dispatch.prepare("int4", int4_weight(64, 256), BF16, "cpu")
+    prepared = dispatch.prepare(INT4, random_parts(INT4, 64, 256), BF16, "cpu")
     assert list(prepared.operands) == ["int4_repacked"]
     assert prepared.num_bytes == 64 * 128 + 2 * 64 * 2 * 2  # nibbles, and a pair per group
+    eight = dispatch.prepare(INT8_WEIGHT_ONLY, random_parts(INT8_WEIGHT_ONLY, 64, 256), BF16, "cpu")
+    assert eight.num_bytes == 64 * 256 + 64 * 2
 
 
 @pytest.mark.parametrize(
     ("format", "dtype", "device_type"),
-    [("int4", torch.float16, "cpu"), ("int3", BF16, "cpu"), ("dense", BF16, "tpu")],
+    [(INT4, torch.float16, "cpu"), (FP8, torch.float64, "cuda"), (None, BF16, "tpu")],
+    ids=["int4", "fp8", "dense"],
 )
 def test_what_the_table_lacks_is_an_error(
-    format: str, dtype: torch.dtype, device_type: str
+    format: Format | None, dtype: torch.dtype, device_type: str
 ) -> None:
-    with pytest.raises(ValueError, match=f"no kernel for {format} weights"):
+    with pytest.raises(ValueError, match=f"no kernel for {format_name(format)} weights"):
         dispatch.choose(format, device_type, dtype, 1, 64)
 
 
-def test_scales_of_another_weight_are_refused() -> None:
-    tensors = int4_weight(32, 256) | {"weight_scale": torch.ones(32, 1, dtype=BF16)}
-    with pytest.raises(ValueError, match=r"needs scales \[32, 2\], not \[32, 1\]"):
-        dispatch.prepare("int4", tensors, BF16, "cpu")
+@pytest.mark.parametrize("change", [lambda s: s[:, :1], lambda s: s.float(), lambda s: None])
+def test_tensors_of_another_weight_are_refused(change: Callable[[Tensor], Tensor]) -> None:
+    tensors = random_parts(INT4, 32, 256)
+    tensors["weight_scale"] = change(tensors["weight_scale"])
+    with pytest.raises(ValueError, match=r"needs weight_scale \[32, 2\] torch.bfloat16, not"):
+        dispatch.prepare(INT4, tensors, BF16, "cpu")
 
 
 def test_an_input_of_another_dtype_is_refused() -> None:
-    prepared = dispatch.prepare("int8", int8_weight(32, 128), BF16, "cpu")
+    prepared = dispatch.prepare(INT8, random_parts(INT8, 32, 128), BF16, "cpu")
     with pytest.raises(ValueError, match="cast the input"):
         dispatch.run(prepared, torch.ones(1, 128))
 

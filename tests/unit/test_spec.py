@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.tiny import make_hf_model, tiny_configs
+from mmr5_kernels.layout import INT4, INT8, Format
 from mmr5_runtime.spec import (
     ModelSpec,
     canonical_name,
@@ -226,7 +227,7 @@ def test_canonical_name_maps_both_towers_and_nothing_else(rest: str) -> None:
 def test_quantized_storage_replaces_the_weight() -> None:
     spec = ModelSpec.from_hf_config(flat_config())
     q, down = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
-    shapes = stored_shapes(spec, {q: "int4", down: "int8"})
+    shapes = stored_shapes(spec, {q: INT4, down: INT8})
     assert f"{q}.weight" not in shapes
     assert shapes[f"{q}.weight_packed"] == (3584, 448)
     assert shapes[f"{q}.weight_scale"] == (3584, 28)
@@ -239,9 +240,15 @@ def test_quantized_storage_replaces_the_weight() -> None:
 
 @pytest.mark.parametrize(
     ("formats", "words"),
-    [({"model.layers.99.mlp.up_proj": "int8"}, "layers.99"), ({"lm_head": "fp3"}, "'fp3'")],
+    [
+        ({"model.layers.99.mlp.up_proj": INT8}, "layers.99"),
+        ({"visual.blocks.0.mlp.down_proj": INT8}, r"blocks\.0\.mlp\.\* are quantized in part"),
+        ({"visual.blocks.0.attn.qkv": INT4}, "takes no groups"),
+    ],
 )
-def test_unknown_linear_or_format_is_refused(formats: dict[str, str], words: str) -> None:
+def test_formats_that_no_engine_can_have_are_refused(
+    formats: dict[str, Format], words: str
+) -> None:
     with pytest.raises(EngineError, match=words):
         stored_shapes(ModelSpec.from_hf_config(flat_config()), formats)
 
