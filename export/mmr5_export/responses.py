@@ -1,0 +1,185 @@
+"""The model's own answers to calibration samples, generated once by the engine that will run them.
+
+Calibration text has to be what the model writes itself: the reasoning it decodes is the larger half
+of a rerank, and nobody else's text meets its weights the same way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from mmr5_export.checkpoint import Checkpoint
+from mmr5_export.generator import DEFAULT_MAX_NEW_TOKENS, Generator, weights_sha256
+from mmr5_export.response_cache import Response, ResponseCache
+from mmr5_export.samples import Sample, of_sample, page_sha256
+from mmr5_runtime.answer import parse_answer
+from mmr5_runtime.engine import Generation
+from mmr5_runtime.image import preprocess
+from mmr5_runtime.loading import LoadedEngine
+from mmr5_runtime.pages import open_page
+from mmr5_runtime.planning import plan_context
+from mmr5_runtime.prompt import PromptTokenizer
+from mmr5_runtime.sampler import Sampler, SamplingParams
+from mmr5_runtime.timing import Timings
+from mmr5_runtime.types import ExportError
+
+__all__ = [
+    "DEFAULT_MAX_NEW_TOKENS",
+    "GivenResponses",
+    "Generator",
+    "Responder",
+    "Response",
+    "ResponseCache",
+    "respond",
+    "weights_sha256",
+]
+
+Progress = Callable[[str, int, int], None]
+"""Called with the stage "respond", how many samples have their response, and their total."""
+
+
+def _ignore(stage: str, done: int, total: int) -> None:
+    return None
+
+
+class Responder:
+    """Answers samples greedily with a loaded engine, token by token as ``Reranker`` does.
+
+    It honours the checkpoint's ``generation_config.json`` in the same way. The difference is that
+    token ids are kept: the text of an answer may tokenize differently from how it was generated.
+    """
+
+    def __init__(self, loaded: LoadedEngine, max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS) -> None:
+        self._loaded = loaded
+        self._max_new_tokens = max_new_tokens
+
+    def respond(self, sample: Sample) -> Response:
+        """The model's answer to ``sample``.
+
+        Raises :class:`ExportError` naming the sample when a page cannot be read or the context
+        cannot hold its pages.
+        """
+        loaded, engine = self._loaded, self._loaded.engine
+        with of_sample(sample):
+            images = [open_page(page, index=index) for index, page in enumerate(sample.pages)]
+            plan = plan_context(
+                loaded.tokenizer,
+                engine.spec.vision,
+                loaded.context,
+                sample.query,
+                sample.pages,
+                [image.size for image in images],
+                loaded.budget,
+                self._max_new_tokens,
+            )
+        embeddings, grids = [], []
+        for image in images:
+            patched = preprocess(image, loaded.budget, **loaded.image_settings)
+            embeddings.append(engine.encode_page(patched.pixel_values, patched.grid))
+            grids.append(patched.grid)
+        params = SamplingParams.from_generation_config(
+            loaded.generation_config, temperature=0.0, seed=0
+        )
+        sampler = _Recorder(params, plan.token_ids, engine.spec.text.vocab_size, engine.device)
+        generation = Generation(
+            engine,
+            plan.token_ids,
+            embeddings,
+            grids,
+            sampler,
+            plan.max_new_tokens,
+            Timings(engine.device),
+        )
+        text = loaded.tokenizer.decode(list(generation))
+        answer = parse_answer(text, len(images))
+        return Response(
+            tuple(sampler.picked), text, generation.stop_reason, answer.order, answer.status
+        )
+
+
+class _Recorder(Sampler):
+    """A sampler that remembers what it picked: a generation does not give out its end token."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.picked: list[int] = []
+
+    def pick(self, logits: Tensor) -> int:
+        self.picked.append(super().pick(logits))
+        return self.picked[-1]
+
+
+class GivenResponses:
+    """Turns responses that come with the data into what the model would have decoded."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """Raises :class:`EngineError` when the checkpoint has no usable tokenizer."""
+        path = checkpoint.folder / "tokenizer.json"
+        PromptTokenizer.from_file(path)  # its checks and messages
+        self._tokenizer = Tokenizer.from_file(str(path))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        self._special = [token.content for token in added if token.special]
+        self._end = checkpoint.spec.eos_token_ids[0]
+
+    def respond(self, sample: Sample, text: str) -> Response:
+        """``text`` as the response to ``sample``, the end token behind it.
+
+        Raises :class:`ExportError` when it holds a special token, which would be read as markup.
+        """
+        if reserved := next((token for token in self._special if token in text), None):
+            raise ExportError(
+                f"{sample.name}: the response contains the reserved token {reserved}; remove it, "
+                "the end token is added by itself."
+            )
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        answer = parse_answer(text, len(sample.pages))
+        return Response((*ids, self._end), text, "eos", answer.order, answer.status)
+
+
+def respond(
+    samples: Sequence[Sample],
+    generator: Generator,
+    cache: Path | None = None,
+    progress: Progress = _ignore,
+) -> list[Response]:
+    """A response per sample: its own, else the one in the file ``cache``, else a generated one.
+
+    The model is loaded only when something has to be generated, and freed before this returns. An
+    interrupted run keeps what it generated so far in ``cache``. Raises :class:`ExportError` naming
+    the sample that cannot be answered, or the cache that cannot be used.
+    """
+    known, identity = ResponseCache(cache), generator.identity()
+    page_hash = lru_cache(maxsize=None)(page_sha256)
+    given = GivenResponses(generator.checkpoint)
+    responder: Responder | None = None
+    responses = []
+    for done, sample in enumerate(samples):
+        progress("respond", done, len(samples))
+        if sample.response is not None:
+            responses.append(given.respond(sample, sample.response))
+            continue
+        content = [identity, sample.query, [page_hash(page) for page in sample.pages]]
+        key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        response = known.get(key)
+        if response is None:
+            if responder is None:
+                responder = Responder(generator.load(), generator.max_new_tokens)
+            response = responder.respond(sample)
+            known.put(key, response)
+        responses.append(response)
+    progress("respond", len(samples), len(samples))
+    del responder
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    return responses
