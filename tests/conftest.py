@@ -31,14 +31,14 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> EngineFactory:
     """Engine folder of the tiny checkpoint by quantization name."""
-    from mmr5_export import export  # not before an engine is asked for
+    from helpers.exporting import quick_export  # not before an engine is asked for
 
     made: dict[str, Path] = {}
 
     def make(quant: str) -> Path:
         if quant not in made:
             made[quant] = tmp_path_factory.mktemp("engines") / quant
-            export(str(tiny_checkpoint), quant, made[quant])
+            quick_export(str(tiny_checkpoint), quant, made[quant])
         return made[quant]
 
     return make

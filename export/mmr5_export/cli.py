@@ -6,14 +6,37 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mmr5_export.source import DEFAULT_MODEL, MINI
-from mmr5_runtime.types import Mmr5Error
+from mmr5_runtime.types import CheckpointError, Mmr5Error
 
-_STAGES = {"hash": "hashing the checkpoint", "write": "writing tensors"}
+if TYPE_CHECKING:
+    from mmr5_export.assemble import Progress
+
+# Exit statuses, in the order of the table in docs/export.md.
+OK, FAILED, USAGE, INCOMPATIBLE, TOO_SMALL, REJECTED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+_EXIT_STATUSES = """\
+exit status:
+  0    done
+  1    another error (the message says what to do)
+  2    wrong usage
+  3    incompatible input: no complete Qwen2.5-VL checkpoint, or one that is damaged
+  4    memory or disk too small
+  5    verification failed: the engine is kept aside as OUTPUT.rejected
+  130  interrupted; a calibrated export goes on with --resume
+"""
+_STAGES = {
+    "hash": "hashing the checkpoint",
+    "respond": "writing calibration answers",
+    "sensitivity": "measuring sensitivity",
+    "layer": "quantizing layers",
+    "write": "writing tensors",
+    "verify": "verifying",
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -21,94 +44,212 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="mmr5-export",
         description="Turn a Qwen2.5-VL checkpoint into an engine folder for mmr5-rerank.",
+        epilog=_EXIT_STATUSES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # defaults are those of ExportOptions
     )
     made.add_argument(
         "--model",
         default=DEFAULT_MODEL,
-        help=f"checkpoint folder, {MINI} (ships with the package) or hub id (default: %(default)s)",
+        help="checkpoint folder (dense, or quantized with compressed-tensors, GPTQ, AWQ or "
+        f"ModelOpt), {MINI} (ships with the package) or hub id (default: {DEFAULT_MODEL})",
     )
     made.add_argument("--revision", help="branch, tag or commit of a hub id")
-    made.add_argument(
-        "--quant",
-        choices=("bf16", "int8", "int4"),
-        default="int4",
-        help="how decoder linears are stored; the rest is bf16 (default: %(default)s)",
-    )
     made.add_argument("--output", required=True, type=Path, help="engine folder to create")
-    made.add_argument("--force", action="store_true", help="replace an engine folder at --output")
     made.add_argument(
-        "--min-pixels", type=int, help="least pixels of a page (default: the model's)"
+        "--checkpoint-out", type=Path, help="also write a Hugging Face checkpoint (vLLM, SGLang)"
     )
-    made.add_argument("--max-pixels", type=int, help="most pixels of a page (default: the model's)")
-    made.add_argument("--json", action="store_true", help="print one JSON document as last line")
+    made.add_argument(
+        "--checkpoint-for",
+        choices=("transformers", "vllm", "sglang", "tensorrt-llm"),
+        help="who reads --checkpoint-out: what it would misread is refused (default: vllm)",
+    )
+    made.add_argument("--json", action="store_true", default=False, help="last line is JSON")
+    made.add_argument(
+        "--dry-run", action="store_true", default=False, help="print plan and needs, write nothing"
+    )
+    made.add_argument(
+        "--force",
+        action="store_true",
+        help="replace what is at --output, and (without --resume) an export that was cut off",
+    )
+    made.add_argument("--resume", action="store_true", help="go on with an export cut off")
+    _add_storage(made.add_argument_group("what is stored"))
+    _add_calibration(made.add_argument_group("calibration"))
+    _add_verification(made.add_argument_group("verification"))
     return made
 
 
+def _add_storage(group: Any) -> None:
+    group.add_argument(
+        "--quant",
+        type=_recipe,
+        default=None,
+        metavar="RECIPE",
+        help="int4 (default), int4-mixed, int8, int8-weight-only, fp8, bf16, or a recipe file",
+    )
+    group.add_argument(
+        "--method", choices=("gptq", "awq", "rtn", "smoothquant+gptq"), help="default: the recipe's"
+    )
+    group.add_argument("--group-size", type=int, help="columns per int4 scale: 32, 64 or 128")
+    symmetry = group.add_mutually_exclusive_group()
+    symmetry.add_argument("--sym", dest="symmetric", action="store_true", help="no zero points")
+    symmetry.add_argument("--asym", dest="symmetric", action="store_false", help="zero points")
+    group.add_argument("--lm-head", choices=("int8", "int4", "bf16"), help="default: int8")
+    group.add_argument(
+        "--quantize-vision", choices=("int8", "fp8", "bf16"), help="vision tower (default: bf16)"
+    )
+    group.add_argument("--bits", type=float, help="mean bits per weight of int4-mixed")
+    group.add_argument("--damp", type=float, help="GPTQ: added to the Hessian's diagonal")
+    group.add_argument("--min-pixels", type=int, help="least pixels of a page")
+    group.add_argument("--max-pixels", type=int, help="most pixels of a page")
+
+
+def _recipe(text: str) -> str:
+    from mmr5_export.recipe import RECIPES
+
+    if text not in RECIPES and not Path(text).is_file():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a recipe file nor one of {', '.join(RECIPES)}"
+        )
+    return text
+
+
+def _add_calibration(group: Any) -> None:
+    group.add_argument(
+        "--calib-data",
+        type=Path,
+        help=f"jsonl of query and pages, or a folder with one ({MINI} ships its own)",
+    )
+    group.add_argument("--calib-samples", type=int, help="samples drawn (default: 128)")
+    group.add_argument("--seed", type=int, help="of the draw (default: 0)")
+    group.add_argument(
+        "--visual-weight", type=float, help="weight of a visual token next to text (default: 1)"
+    )
+    group.add_argument("--max-new-tokens", type=int, help="longest answer that is written")
+    group.add_argument("--response-cache", type=Path, help="file that keeps the model's answers")
+    group.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
+    group.add_argument("--dtype", help="bfloat16 or float32 (default: by device)")
+
+
+def _add_verification(group: Any) -> None:
+    group.add_argument(
+        "--no-verify", dest="verify", action="store_false", help="do not run the engine"
+    )
+    group.add_argument("--held-out", type=int, help="samples to verify on (default: 32)")
+    group.add_argument(
+        "--min-top1-agreement",
+        type=float,
+        metavar="SHARE",
+        help="fail unless this share of held-out lists keeps its first page",
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status: 0, 1 after an error, 130 after Ctrl-C.
+    """Runs the command; returns its exit status, see ``--help``.
 
     A wrong usage leaves through argparse with status 2.
     """
-    options = parser().parse_args(arguments)
+    given = vars(parser().parse_args(arguments))
+    command = {key: given.pop(key) for key in ("model", "quant", "output", "json", "dry_run")}
     try:
-        _export(options)
+        if command.pop("dry_run"):
+            del command["json"]
+            _describe(command, given)
+        else:
+            _export(command, given)
     except Mmr5Error as error:
         print(f"mmr5-export: error: {error}", file=sys.stderr)
-        return 1
+        return _status(error)
     except KeyboardInterrupt:
-        print("mmr5-export: interrupted; no unfinished engine was kept.", file=sys.stderr)
-        return 130
-    return 0
+        print(f"mmr5-export: interrupted; {_left(command['output'])}", file=sys.stderr)
+        return INTERRUPTED
+    return OK
 
 
-def _export(options: argparse.Namespace) -> None:
+def _status(error: Mmr5Error) -> int:
+    from mmr5_export.agreement import VerificationFailed
+    from mmr5_export.estimate import ResourceError
+
+    kinds = {CheckpointError: INCOMPATIBLE, ResourceError: TOO_SMALL, VerificationFailed: REJECTED}
+    return next((status for kind, status in kinds.items() if isinstance(error, kind)), FAILED)
+
+
+def _left(output: Path) -> str:
+    from mmr5_export.journal import work_folder
+
+    if work_folder(output).is_dir():
+        return "repeat the command with --resume to go on."
+    return "no unfinished engine was kept."
+
+
+def _export(command: dict[str, Any], given: dict[str, Any]) -> None:
     # Imported late: they load torch, which --help and a wrong usage need not wait for.
+    from mmr5_export.options import ExportOptions
     from mmr5_export.pipeline import export
-    from mmr5_export.verify import export_document, summarize_sqnr
+    from mmr5_export.verify import export_document, summary_lines
 
-    started = time.perf_counter()
+    started, output = time.perf_counter(), command["output"]
     with _progress() as progress:
         manifest = export(
-            options.model,
-            options.quant,
-            options.output,
-            revision=options.revision,
-            force=options.force,
-            min_pixels=options.min_pixels,
-            max_pixels=options.max_pixels,
-            progress=progress,
+            command["model"], command["quant"], output, ExportOptions(**given), progress=progress
         )
     seconds = time.perf_counter() - started
     print(
-        f"{options.output}: {manifest.source.name} as {options.quant}, "
+        f"{output}: {manifest.source.name} as {manifest.quant.name}, "
         f"{manifest.num_bytes / 1e6:,.1f} MB in {seconds:.1f} s"
     )
-    if summary := summarize_sqnr(manifest):
-        print(
-            f"SQNR of {summary.layers} quantized linears: median {summary.median_db:.1f} dB, "
-            f"lowest {summary.lowest_db:.1f} dB ({summary.lowest_layer})"
-        )
-    if options.json:
-        print(json.dumps(export_document(manifest, options.output, seconds)))
+    for line in summary_lines(manifest):
+        print(line)
+    if command["json"]:
+        print(json.dumps(export_document(manifest, output, seconds)))
+
+
+def _describe(command: dict[str, Any], given: dict[str, Any]) -> None:
+    from mmr5_export.options import ExportOptions
+    from mmr5_export.pipeline import plan_export
+    from mmr5_export.workload import check, plan_lines
+
+    with _progress() as progress:
+        job, required = plan_export(**command, options=ExportOptions(**given), progress=progress)
+    for line in plan_lines(job, required):
+        print(line)
+    check(job, required)  # last: the plan is worth seeing also where it does not fit
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
+def _progress() -> Iterator[Progress]:
     """A rich progress bar on a terminal where rich is installed, nothing elsewhere."""
+
+    def silent(stage: str, done: int, total: int, note: str = "") -> None:
+        return None
+
     if not sys.stderr.isatty():
-        yield lambda stage, done, total: None
+        yield silent
         return
     try:
+        from rich import progress as columns
         from rich.console import Console
-        from rich.progress import Progress
     except ImportError:
-        yield lambda stage, done, total: None
+        yield silent
         return
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        tasks = {name: bar.add_task(text, total=None) for name, text in _STAGES.items()}
+    bar = columns.Progress(
+        columns.TextColumn("{task.description}"),
+        columns.BarColumn(),
+        columns.MofNCompleteColumn(),
+        columns.TimeElapsedColumn(),
+        columns.TimeRemainingColumn(),
+        columns.TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    with bar:
+        tasks: dict[str, columns.TaskID] = {}
 
-        def show(stage: str, done: int, total: int) -> None:
-            bar.update(tasks[stage], completed=done, total=total)
+        def show(stage: str, done: int, total: int, note: str = "") -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(_STAGES[stage], total=total, note=note)
+            bar.update(tasks[stage], completed=done, total=total, note=note)
 
         yield show
 

@@ -29,6 +29,30 @@ def summarize_sqnr(manifest: Manifest) -> SqnrSummary | None:
     return SqnrSummary(len(known), median(known.values()), known[lowest], lowest)
 
 
+def summary_lines(manifest: Manifest) -> list[str]:
+    """What people want to know first about an engine that was just made."""
+    lines = []
+    if summary := summarize_sqnr(manifest):
+        lines.append(
+            f"SQNR of {summary.layers} quantized linears: median {summary.median_db:.1f} dB, "
+            f"lowest {summary.lowest_db:.1f} dB ({summary.lowest_layer})"
+        )
+    found = manifest.report.get("verification")
+    if found is None:
+        lines.append(f"not verified: {manifest.report.get('unverified')}")
+        return lines
+    tokens, ranks = found["tokens"], found["ranks"]
+    lines.append(
+        f"against the original on {ranks['lists']} held-out lists: first page "
+        f"{ranks['first_choice_agreement']:.1%}, whole order {ranks['order_agreement']:.1%} equal"
+    )
+    lines.append(
+        f"next token {tokens['next_token_agreement']:.2%} equal, KL {tokens['kl_nats']:.2e} nats, "
+        f"perplexity {tokens['reference_perplexity']:.4f} -> {tokens['perplexity']:.4f}"
+    )
+    return lines
+
+
 def export_document(manifest: Manifest, output: Path, seconds: float) -> dict[str, Any]:
     """One export as a JSON object."""
     summary = summarize_sqnr(manifest)
@@ -48,5 +72,6 @@ def export_document(manifest: Manifest, output: Path, seconds: float) -> dict[st
             "lowest": summary.lowest_db,
             "lowest_layer": summary.lowest_layer,
         },
+        "verification": manifest.report.get("verification"),
         "seconds": round(seconds, 3),
     }

@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mmr5_export import export
+from helpers.exporting import quick_export
 from mmr5_runtime import Reranker
 from mmr5_runtime.image import smart_resize
 from mmr5_runtime.prompt import PromptTokenizer, render
@@ -71,7 +71,7 @@ def test_same_text_as_generate(tiny_checkpoint: Path, tmp_path: Path, penalty: f
     settings = json.loads((checkpoint / "generation_config.json").read_text())
     settings["repetition_penalty"] = penalty  # the published checkpoint has 1.05
     (checkpoint / "generation_config.json").write_text(json.dumps(settings))
-    export(str(checkpoint), "bf16", tmp_path / "engine")
+    quick_export(str(checkpoint), "bf16", tmp_path / "engine")
 
     with Reranker.load(tmp_path / "engine", "cpu", dtype="float32") as reranker:
         result = reranker.rerank(QUESTION, _pages(), max_new_tokens=64)

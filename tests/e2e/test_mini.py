@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from helpers.exporting import quick_export
 from mmr5_bench.minidocs.lists import held_out_cases
 from mmr5_bench.minidocs.pages import render_page
-from mmr5_export import export
 from mmr5_runtime import Reranker
 from mmr5_runtime.cli import main
 
@@ -22,7 +22,7 @@ SAMPLES = ASSETS / "samples"
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     quant: str = request.param
     folder = tmp_path_factory.mktemp("mini") / quant
-    export("mini", quant, folder)
+    quick_export("mini", quant, folder)
     return folder
 
 

@@ -17,6 +17,7 @@ from mmr5_runtime.artifact import read_manifest
 from mmr5_runtime.types import EngineError
 
 COMMAND = [sys.executable, "-m", "mmr5_export.cli"]
+QUICK = ("--method", "rtn", "--no-verify")
 
 
 def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -37,23 +38,24 @@ def assert_one_error_line(found: subprocess.CompletedProcess[str], *parts: str) 
 
 def test_the_last_line_is_one_json_document(tiny_checkpoint: Path, tmp_path: Path) -> None:
     output = tmp_path / "engine"
-    found = run("--model", tiny_checkpoint, "--quant", "int4", "--output", output, "--json")
+    found = run(*QUICK, "--model", tiny_checkpoint, "--output", output, "--json")
     assert found.returncode == 0 and found.stderr == ""
     document = json.loads(found.stdout.splitlines()[-1])
     manifest = read_manifest(output)
     assert document["output"] == str(output) and document["quant"] == "int4"
-    assert document["method"] == "rtn" and document["quantized_linears"] == 21
+    assert document["method"] == "rtn" and document["quantized_linears"] == 22
     assert document["bytes"] == manifest.num_bytes and document["files"] == len(manifest.files)
     assert 17 < document["sqnr_db"]["lowest"] <= document["sqnr_db"]["median"] < 22
     assert document["sqnr_db"]["lowest_layer"] in manifest.formats
 
 
-def test_int4_is_the_default_and_people_get_two_lines(
+def test_int4_is_the_default_and_people_get_three_lines(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    found = run("--model", tiny_checkpoint, "--output", tmp_path / "engine")
-    assert found.returncode == 0 and len(found.stdout.splitlines()) == 2
-    assert "as int4" in found.stdout and "SQNR of 21 quantized linears" in found.stdout
+    found = run(*QUICK, "--model", tiny_checkpoint, "--output", tmp_path / "engine")
+    assert found.returncode == 0 and len(found.stdout.splitlines()) == 3
+    assert found.stdout.endswith("not verified: --no-verify\n")
+    assert "as int4" in found.stdout and "SQNR of 22 quantized linears" in found.stdout
     assert read_manifest(tmp_path / "engine").quant_name == "int4"
 
 
@@ -101,7 +103,8 @@ def test_help_names_the_default_model() -> None:
 def test_a_bar_is_drawn_on_a_terminal_only(tiny_checkpoint: Path, tmp_path: Path) -> None:
     pytest.importorskip("rich", reason="the bar needs rich")
     ours, theirs = pty.openpty()
-    arguments = ["--model", str(tiny_checkpoint), "--output", str(tmp_path / "engine"), "--json"]
+    output = str(tmp_path / "engine")
+    arguments = [*QUICK, "--model", str(tiny_checkpoint), "--output", output, "--json"]
     process = subprocess.Popen(
         [*COMMAND, *arguments],
         stdout=subprocess.PIPE,
@@ -145,14 +148,14 @@ def stopped(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[st
 
 
 def test_ctrl_c_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    found = stopped("SIGINT", "--model", tiny_checkpoint, "--output", tmp_path / "engine")
+    found = stopped("SIGINT", *QUICK, "--model", tiny_checkpoint, "--output", tmp_path / "engine")
     assert found.returncode == 130 and "Traceback" not in found.stderr
     assert found.stderr.startswith("mmr5-export: interrupted")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_killed_export_never_looks_finished(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    found = stopped("SIGKILL", "--model", tiny_checkpoint, "--output", tmp_path / "engine")
+    found = stopped("SIGKILL", *QUICK, "--model", tiny_checkpoint, "--output", tmp_path / "engine")
     assert found.returncode == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
     assert left.name.startswith("engine.partial-")
@@ -166,6 +169,6 @@ def test_a_killed_export_never_looks_finished(tiny_checkpoint: Path, tmp_path: P
 
 def test_an_export_beside_a_dead_one_works(tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "engine.partial-1").mkdir()
-    found = run("--model", tiny_checkpoint, "--output", tmp_path / "engine")
+    found = run(*QUICK, "--model", tiny_checkpoint, "--output", tmp_path / "engine")
     assert found.returncode == 0
     assert sorted(os.listdir(tmp_path)) == ["engine", "engine.partial-1"]

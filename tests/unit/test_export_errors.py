@@ -14,8 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers.exporting import quick_export
 from helpers.tiny import make_hf_model, tiny_configs, write_checkpoint
 from mmr5_export import export
+from mmr5_export.estimate import ResourceError
 from mmr5_runtime.types import CheckpointError, ExportError, Mmr5Error
 
 WEIGHTS = "model.safetensors"
@@ -53,7 +55,7 @@ def refusal(
     folder = Path(checkpoint).parent
     before = set(os.listdir(folder)) if folder.is_dir() else set()
     with pytest.raises(error) as caught:
-        export(checkpoint, quant, more.pop("output", folder / "engine"), **more)
+        quick_export(checkpoint, quant, more.pop("output", folder / "engine"), **more)
     assert type(caught.value) is error
     if folder.is_dir():
         assert set(os.listdir(folder)) == before
@@ -68,9 +70,11 @@ def test_another_architecture(checkpoint: Path) -> None:
     assert "model_type 'llama'" in message and "Qwen2.5-VL" in message
 
 
-def test_a_quantized_checkpoint(checkpoint: Path) -> None:
-    edit(checkpoint / "config.json", lambda c: c.update(quantization_config={"bits": 4}))
-    assert "is quantized already" in refusal(CheckpointError, checkpoint)
+def test_a_checkpoint_that_only_says_it_is_quantized(checkpoint: Path) -> None:
+    scheme = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
+    edit(checkpoint / "config.json", lambda c: c.update(quantization_config=scheme))
+    with pytest.raises(CheckpointError, match="holds no quantized linear; remove"):
+        export(checkpoint, None, checkpoint.parent / "engine")
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "preprocessor_config.json"])
@@ -188,7 +192,7 @@ def test_a_tokenizer_with_another_image_token(checkpoint: Path) -> None:
 
 
 def test_an_unknown_quantization(checkpoint: Path) -> None:
-    assert "'int3' is unknown; choose one of bf16" in refusal(ExportError, checkpoint, "int3")
+    assert "there is no recipe 'int3'; choose one of bf16" in refusal(ExportError, checkpoint, "int3")
 
 
 @pytest.mark.parametrize(("low", "high"), [(100, None), (None, 1000), (-1, 5000)])
@@ -213,8 +217,13 @@ def test_force_does_not_replace_other_folders(checkpoint: Path, tmp_path: Path) 
 
 
 def test_a_disk_that_is_too_small(checkpoint: Path) -> None:
-    message = refusal(ExportError, checkpoint, free_bytes=1_500_000)
+    message = refusal(ResourceError, checkpoint, free_bytes=1_500_000)
     assert "has 1.50 MB free; make room" in message
+
+
+def test_a_memory_that_is_too_small(checkpoint: Path) -> None:
+    message = refusal(ResourceError, checkpoint, free_memory=100_000_000)
+    assert "stage needs about" in message and "0.1 GB are free" in message
 
 
 def test_an_output_that_cannot_be_written(checkpoint: Path, tmp_path: Path) -> None:
@@ -248,13 +257,13 @@ def test_an_interrupted_export_leaves_what_was_there(
     checkpoint: Path, tmp_path: Path, force: bool
 ) -> None:
     if force:
-        export(checkpoint, "int8", tmp_path / "engine")
+        quick_export(checkpoint, "int8", tmp_path / "engine")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
-    def interrupt(stage: str, done: int, total: int) -> None:
+    def interrupt(stage: str, done: int, total: int, note: str = "") -> None:
         if (stage, done) == ("write", total // 2):
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        export(checkpoint, "int4", tmp_path / "engine", force=force, progress=interrupt)
+        quick_export(checkpoint, "int4", tmp_path / "engine", force=force, progress=interrupt)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before

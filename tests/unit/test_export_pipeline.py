@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from helpers.exporting import quick_export
 from helpers.tiny import make_hf_model, read_tensors, tiny_configs, write_checkpoint
-from mmr5_export import export
 from mmr5_export.checkpoint import open_checkpoint
-from mmr5_export.quantize import quantize_int4, quantize_int8
+from mmr5_export.quantize import quantize_linear
 from mmr5_export.verify import summarize_sqnr
+from mmr5_kernels.layout import FP8, INT4, INT8, INT8_WEIGHT_ONLY
 from mmr5_runtime.artifact import (
     MANIFEST_NAME,
     Manifest,
@@ -26,6 +27,8 @@ from mmr5_runtime.artifact import (
     verify_hashes,
 )
 from mmr5_runtime.prompt import template_sha256
+
+DECODER = {"int4": INT4, "int8": INT8, "int8-weight-only": INT8_WEIGHT_ONLY, "fp8": FP8}
 
 
 def stored(engine: Path) -> dict[str, torch.Tensor]:
@@ -38,24 +41,25 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def test_bf16_keeps_the_bits_of_the_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    manifest = export(tiny_checkpoint, "bf16", tmp_path / "engine")
+    manifest = quick_export(tiny_checkpoint, "bf16", tmp_path / "engine")
     source, found = read_tensors(tiny_checkpoint), stored(tmp_path / "engine")
     assert found.keys() == source.keys()
     assert all(torch.equal(found[name], source[name]) for name in source)
     assert manifest.formats == {} and manifest.quant.method == "none"
-    assert manifest.report == {"sqnr_db": {}} and summarize_sqnr(manifest) is None
+    assert manifest.report["sqnr_db"] == {} and summarize_sqnr(manifest) is None
 
 
-@pytest.mark.parametrize("quant", ["int4", "int8"])
-def test_only_decoder_linears_are_quantized(
+@pytest.mark.parametrize("quant", DECODER)
+def test_only_decoder_linears_and_the_head_are_quantized(
     quant: str, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    manifest = export(tiny_checkpoint, quant, tmp_path / "engine")
+    manifest = quick_export(tiny_checkpoint, quant, tmp_path / "engine")
     source, found = read_tensors(tiny_checkpoint), stored(tmp_path / "engine")
-    assert len(manifest.formats) == 3 * 7 and set(manifest.formats.values()) == {quant}
-    for linear in manifest.formats:
+    assert len(manifest.formats) == 3 * 7 + 1
+    for linear, format in manifest.formats.items():
+        assert format == (INT8_WEIGHT_ONLY if linear == "lm_head" else DECODER[quant])
         weight = source.pop(f"{linear}.weight")
-        wanted = (quantize_int4 if quant == "int4" else quantize_int8)(weight)
+        wanted, _ = quantize_linear(weight, format, "mse" if format == INT4 else "absmax")
         for suffix, tensor in wanted.items():
             assert torch.equal(found.pop(f"{linear}.{suffix}"), tensor)
     assert found.keys() == source.keys()
@@ -63,13 +67,14 @@ def test_only_decoder_linears_are_quantized(
 
 
 def test_the_report_has_every_quantized_layer(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    four = export(tiny_checkpoint, "int4", tmp_path / "four")
-    eight = export(tiny_checkpoint, "int8", tmp_path / "eight")
+    four = quick_export(tiny_checkpoint, "int4", tmp_path / "four")
+    eight = quick_export(tiny_checkpoint, "int8", tmp_path / "eight")
     low, high = four.report["sqnr_db"], eight.report["sqnr_db"]
     assert low.keys() == high.keys() == four.formats.keys()
     # Four more bits are 24 dB; a channel's 128 or 256 values are at least as many as a group's.
     for name in low:
-        assert 17 < (low[name] or 0) < 22 and 40 < (high[name] or 0) < 47
+        assert 40 < (high[name] or 0) < 47
+        assert 17 < (low[name] or 0) < 22 or (name == "lm_head" and low[name] == high[name])
     summary = summarize_sqnr(four)
     assert summary is not None
     assert summary.lowest_db == low[summary.lowest_layer] == min(v or 0 for v in low.values())
@@ -79,15 +84,15 @@ def test_the_report_has_every_quantized_layer(tiny_checkpoint: Path, tmp_path: P
 def test_other_float_checkpoints_are_stored_as_bf16(dtype: torch.dtype, tmp_path: Path) -> None:
     model = make_hf_model(tiny_configs()["int4"], seed=5)
     checkpoint = write_checkpoint(model, tmp_path / "checkpoint", dtype=dtype)
-    export(checkpoint, "int4", tmp_path / "engine")
+    quick_export(checkpoint, "int4", tmp_path / "engine")
     source, found = read_tensors(checkpoint), stored(tmp_path / "engine")
-    dense = source.keys() & found.keys()
-    assert "lm_head.weight" in dense
+    dense = (source.keys() & found.keys()) - {"lm_head.weight"}
+    assert "model.embed_tokens.weight" in dense
     assert all(torch.equal(found[name], source[name].to(torch.bfloat16)) for name in dense)
     # Codes come from the values of the source, not from their bf16 roundings.
     linear = "model.layers.0.mlp.down_proj"
-    wanted = quantize_int4(source[f"{linear}.weight"])["weight_packed"]
-    assert torch.equal(found[f"{linear}.weight_packed"], wanted)
+    wanted, _ = quantize_linear(source[f"{linear}.weight"], INT4, "mse")
+    assert torch.equal(found[f"{linear}.weight_packed"], wanted["weight_packed"])
 
 
 @pytest.mark.parametrize("name", ["three_heads", "small_patches", "int4"])
@@ -97,7 +102,7 @@ def test_naming_and_sharding_of_the_source_do_not_matter(name: str, tmp_path: Pa
     for layout, shards in (("new", 1), ("old", 1), ("new", 3), ("old", 3)):
         folder = tmp_path / f"{layout}-{shards}"
         checkpoint = write_checkpoint(model, folder, layout, shards)  # type: ignore[arg-type]
-        export(checkpoint, "int8", tmp_path / f"{folder.name}-engine")
+        quick_export(checkpoint, "int8", tmp_path / f"{folder.name}-engine")
         engines.append(stored(tmp_path / f"{folder.name}-engine"))
     for other in engines[1:]:
         assert other.keys() == engines[0].keys()
@@ -108,20 +113,32 @@ def test_a_tied_head_is_not_stored(tmp_path: Path) -> None:
     tied = {n: c for n, c in tiny_configs().items() if c.tie_word_embeddings}
     name, config = next(iter(tied.items()))
     checkpoint = write_checkpoint(make_hf_model(config), tmp_path / name)
-    manifest = export(checkpoint, "int8", tmp_path / "engine")
+    manifest = quick_export(checkpoint, "int8", tmp_path / "engine", lm_head="bf16")
     assert manifest.spec.text.tie_word_embeddings
     assert "lm_head.weight" not in manifest.tensors
 
 
+def test_a_tied_head_is_quantized_from_the_embeddings(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(make_hf_model(tiny_configs()["tied"]), tmp_path / "checkpoint")
+    manifest = quick_export(checkpoint, "int8", tmp_path / "engine")
+    source, found = read_tensors(checkpoint), stored(tmp_path / "engine")
+    embeddings = source["model.embed_tokens.weight"]
+    assert torch.equal(found["model.embed_tokens.weight"], embeddings.to(torch.bfloat16))
+    wanted, _ = quantize_linear(embeddings, INT8_WEIGHT_ONLY)
+    assert all(torch.equal(found[f"lm_head.{suffix}"], wanted[suffix]) for suffix in wanted)
+    assert manifest.formats["lm_head"] == INT8_WEIGHT_ONLY
+    assert manifest.report["sqnr_db"]["lm_head"] > 35
+
+
 def test_equal_input_gives_equal_bytes(tiny_checkpoint: Path, tmp_path: Path) -> None:
     twin = Path(shutil.copytree(tiny_checkpoint, tmp_path / "elsewhere" / tiny_checkpoint.name))
-    export(tiny_checkpoint, "int4", tmp_path / "one")
-    export(twin, "int4", tmp_path / "two")
+    quick_export(tiny_checkpoint, "int4", tmp_path / "one")
+    quick_export(twin, "int4", tmp_path / "two")
     assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
 
 
 def test_the_manifest_describes_the_folder(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    made = export(tiny_checkpoint, "int4", tmp_path / "engine")
+    made = quick_export(tiny_checkpoint, "int4", tmp_path / "engine")
     read = read_manifest(tmp_path / "engine")
     assert made == read
     verify_hashes(tmp_path / "engine", read)
@@ -138,13 +155,13 @@ def test_the_manifest_describes_the_folder(tiny_checkpoint: Path, tmp_path: Path
 
 
 def test_a_pixel_budget_can_be_given(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    made = export(tiny_checkpoint, "bf16", tmp_path / "engine", max_pixels=50176)
+    made = quick_export(tiny_checkpoint, "bf16", tmp_path / "engine", max_pixels=50176)
     assert made.pixel_budget == PixelRange(3136, 50176)
 
 
 def test_files_are_split_and_every_tensor_is_aligned(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    export(tiny_checkpoint, "int4", tmp_path / "one")
-    manifest = export(tiny_checkpoint, "int4", tmp_path / "many", max_file_bytes=100_000)
+    quick_export(tiny_checkpoint, "int4", tmp_path / "one")
+    manifest = quick_export(tiny_checkpoint, "int4", tmp_path / "many", max_file_bytes=100_000)
     files = sorted(set(manifest.tensors.values()))
     assert len(files) > 3 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
     one, many = stored(tmp_path / "one"), stored(tmp_path / "many")
@@ -158,22 +175,27 @@ def test_files_are_split_and_every_tensor_is_aligned(tiny_checkpoint: Path, tmp_
 
 
 def test_force_replaces_an_engine_folder(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    export(tiny_checkpoint, "int8", tmp_path / "engine")
+    quick_export(tiny_checkpoint, "int8", tmp_path / "engine")
     (tmp_path / "engine" / "note.txt").write_text("of the old engine")
-    export(tiny_checkpoint, "int4", tmp_path / "engine", force=True)
+    quick_export(tiny_checkpoint, "int4", tmp_path / "engine", force=True)
     assert read_manifest(tmp_path / "engine").quant_name == "int4"
     assert os.listdir(tmp_path) == ["engine"]
     assert not (tmp_path / "engine" / "note.txt").exists()
 
 
 def test_missing_parents_of_the_output_are_made(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    export(tiny_checkpoint, "bf16", tmp_path / "a" / "b" / "engine")
+    quick_export(tiny_checkpoint, "bf16", tmp_path / "a" / "b" / "engine")
     assert isinstance(read_manifest(tmp_path / "a" / "b" / "engine"), Manifest)
 
 
 def test_progress_counts_up_to_its_total(tiny_checkpoint: Path, tmp_path: Path) -> None:
     calls: list[tuple[str, int, int]] = []
-    export(tiny_checkpoint, "bf16", tmp_path / "engine", progress=lambda *call: calls.append(call))
+    quick_export(
+        tiny_checkpoint,
+        "bf16",
+        tmp_path / "engine",
+        progress=lambda stage, done, total, note="": calls.append((stage, done, total)),
+    )
     assert list(dict.fromkeys(stage for stage, _, _ in calls)) == ["hash", "write"]
     for stage in ("hash", "write"):
         counts = [(done, total) for name, done, total in calls if name == stage]
@@ -183,9 +205,11 @@ def test_progress_counts_up_to_its_total(tiny_checkpoint: Path, tmp_path: Path) 
 def test_compressed_tensors_metadata_lets_other_readers_unpack(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    manifest = export(tiny_checkpoint, "int4", tmp_path / "engine")
+    manifest = quick_export(tiny_checkpoint, "int4", tmp_path / "engine")
     found = stored(tmp_path / "engine")
-    for linear in manifest.formats:
+    for linear, format in manifest.formats.items():
+        if format != INT4:
+            continue
         rows, columns = found[f"{linear}.weight_shape"].tolist()
         assert found[f"{linear}.weight_packed"].shape == (rows, columns // 8)
     assert json.loads((tmp_path / "engine" / MANIFEST_NAME).read_text())["quant"]["method"] == "rtn"

@@ -1,0 +1,326 @@
+"""One export, checked: what can be known and refused before the first byte is written."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmr5_export.assemble import Progress
+from mmr5_export.checkpoint import Checkpoint, open_checkpoint
+from mmr5_export.generator import weights_sha256
+from mmr5_export.hf_checkpoint import check_target
+from mmr5_export.options import ExportOptions
+from mmr5_export.plan import Plan, make_plan
+from mmr5_export.prequantized import QuantizedCheckpoint, is_quantized, open_quantized
+from mmr5_export.processor import image_settings, pixel_budget, read_processor
+from mmr5_export.recipe import Recipe, load_recipe
+from mmr5_export.samples import Sample, choose, read_samples, samples_sha256, shipped_set
+from mmr5_export.source import MINI, Location, locate
+from mmr5_runtime.artifact import ImageSettings, PixelRange, file_sha256, tool_versions
+from mmr5_runtime.image import PixelBudget
+from mmr5_runtime.loading import resolve_device, resolve_dtype
+from mmr5_runtime.prompt import PromptTokenizer, template_sha256
+from mmr5_runtime.spec import ModelSpec
+from mmr5_runtime.types import CheckpointError, EngineError, ExportError
+
+DEFAULT_QUANT = "int4"
+# Taken over as they are. The processor's settings may be in either of two files.
+_REQUIRED = ("config.json", "tokenizer.json")
+_OPTIONAL = (
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked export. ``recipe`` is None when the checkpoint is quantized already;
+    ``quant_asked`` is what the caller said.
+
+    ``hashes`` are the sha256 of the checkpoint's files. ``calibration`` and ``held_out`` are empty
+    where they are not needed; ``unverified`` says why nothing is verified, where that is so.
+    """
+
+    location: Location
+    output: Path
+    options: ExportOptions
+    checkpoint: Checkpoint | QuantizedCheckpoint
+    quant_asked: str | None
+    recipe: Recipe | None
+    image: ImageSettings
+    budget: PixelRange
+    copied: tuple[Path, ...]
+    hashes: Mapping[str, str]
+    calibration: tuple[Sample, ...]
+    held_out: tuple[Sample, ...]
+    unverified: str | None
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.checkpoint.spec
+
+    @property
+    def pixel_budget(self) -> PixelBudget:
+        return PixelBudget(self.budget.min_pixels, self.budget.max_pixels)
+
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        return (*self.calibration, *self.held_out)
+
+    @property
+    def samples_name(self) -> str:
+        """The calibration data by its own name only: results do not depend on where it lies."""
+        data = self.options.calib_data
+        return f"the set shipped for {MINI}" if data is None else data.resolve().name
+
+    @property
+    def response_cache(self) -> Path:
+        """Where answers are kept for the next export of these weights."""
+        folder = Path.home() / ".cache" / "mmr5-runtime" / "answers"
+        return self.options.response_cache or folder / f"{self.weights_sha256[:16]}.jsonl"
+
+    @property
+    def quant(self) -> str:
+        """What to call the result: the recipe's name, or that it was taken over."""
+        return "as-stored" if self.recipe is None else self.recipe.name
+
+    def plan(self, recipe: Recipe | None = None) -> Plan:
+        """The engine's layout, with ``recipe`` in place of the job's own (a mixed choice made)."""
+        chosen = recipe or self.recipe
+        if chosen is None:
+            assert isinstance(self.checkpoint, QuantizedCheckpoint)
+            return make_plan(self.spec, self.checkpoint.formats, self.options.max_file_bytes)
+        return make_plan(self.spec, chosen.formats(self.spec), self.options.max_file_bytes)
+
+    def methods(self, recipe: Recipe | None = None) -> dict[str, str]:
+        """Method by quantized linear."""
+        chosen = recipe or self.recipe
+        formats = self.plan(recipe).formats
+        return {name: chosen.method(name) if chosen else "as-stored" for name in formats}
+
+    @property
+    def weights_sha256(self) -> str:
+        """One hash for all weight files."""
+        names = self.checkpoint.weight_files
+        return weights_sha256({name: self.hashes[name] for name in names})
+
+    def identity(self) -> dict[str, Any]:
+        """All that the result depends on."""
+        options = {
+            key: value
+            for key, value in asdict(self.options).items()
+            if key not in _NOT_IDENTIFYING and value is not None
+        }
+        return {
+            "model": self.location.name,
+            "revision": self.location.revision,
+            "files": dict(self.hashes),
+            "recipe": None if self.recipe is None else self.recipe.to_json(),
+            "pixel_budget": asdict(self.budget),
+            "template": template_sha256(),
+            "samples": samples_sha256(self.samples, [()] * len(self.samples)),
+            "answers": [sample.response for sample in self.samples],
+            "options": {key: _plain(value) for key, value in options.items()},
+            **self.environment,
+        }
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """What the export runs on, as far as it can change the last bit of a result."""
+        versions = tool_versions()
+        if any("gptq" in method for method in self.methods().values()):
+            versions |= {name: _version(name) for name in ("llmcompressor", "compressed-tensors")}
+        gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
+        capability = torch.backends.cpu.get_cpu_capability()
+        return {
+            "versions": versions,
+            "device": gpu or f"cpu {platform.machine()} {capability}",
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+        }
+
+
+_NOT_IDENTIFYING = {
+    "calib_data",  # its content is, under samples
+    "response_cache",
+    "resume",
+    "force",
+    "free_bytes",
+    "free_memory",
+    "min_top1_agreement",
+}
+
+
+def prepare(
+    model: str | Path,
+    quant: str | None,
+    output: Path,
+    options: ExportOptions,
+    progress: Progress,
+) -> Job:
+    """Finds and checks everything; nothing is written. See :func:`mmr5_export.pipeline.export`."""
+    location = locate(str(model), options.revision)
+    already = is_quantized(location.folder)
+    checkpoint = open_quantized(location.folder) if already else open_checkpoint(location.folder)
+    recipe = None if already else _recipe(quant or DEFAULT_QUANT, options)
+    if already:
+        _refuse_requantizing(location, quant, options)
+    processor = read_processor(location.folder)
+    _check_tokenizer(checkpoint)
+    device = resolve_device(options.device)
+    names = (*_REQUIRED, *_OPTIONAL)
+    copied = tuple(path for name in names if (path := location.folder / name).is_file())
+    job = Job(
+        location=location,
+        output=output,
+        options=options,
+        checkpoint=checkpoint,
+        quant_asked=quant,
+        recipe=recipe,
+        image=image_settings(processor, checkpoint.spec.vision),
+        budget=pixel_budget(processor, options.min_pixels, options.max_pixels),
+        copied=copied,
+        hashes={},
+        calibration=(),
+        held_out=(),
+        unverified=None,
+        device=device,
+        dtype=resolve_dtype(options.dtype, device),
+    )
+    formats = job.plan().formats  # its errors come before the long reading of every file
+    if options.checkpoint_out is not None:
+        decoder = {name: kind for name, kind in formats.items() if ".layers." in name}
+        check_target(decoder, options.checkpoint_for)
+        if options.checkpoint_out.exists() and not (options.force or options.resume):
+            raise ExportError(
+                f"{options.checkpoint_out} exists already; choose another --checkpoint-out or pass "
+                "--force."
+            )
+    job = replace(job, hashes=_hash_files(checkpoint, copied, progress))
+    return _with_samples(job)
+
+
+def _hash_files(
+    checkpoint: Checkpoint | QuantizedCheckpoint, copied: Sequence[Path], progress: Progress
+) -> dict[str, str]:
+    paths = sorted([*copied, *(checkpoint.folder / name for name in checkpoint.weight_files)])
+    hashes = {}
+    for done, path in enumerate(paths):
+        progress("hash", done, len(paths))
+        hashes[path.name] = file_sha256(path)
+    progress("hash", len(paths), len(paths))
+    return hashes
+
+
+def _check_tokenizer(checkpoint: Checkpoint | QuantizedCheckpoint) -> None:
+    """The tokenizer must be there, and must know the markup under the ids of config.json."""
+    path = checkpoint.folder / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path} is missing; download it, or write it with transformers: "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
+        )
+    try:
+        tokenizer = PromptTokenizer.from_file(path)
+    except EngineError as error:
+        raise CheckpointError(str(error)) from error
+    if tokenizer.image_pad_id != checkpoint.spec.image_token_id:
+        raise CheckpointError(
+            f"{path} has id {tokenizer.image_pad_id} for an image token but config.json has "
+            f"{checkpoint.spec.image_token_id}; use the tokenizer that belongs to the weights."
+        )
+
+
+def _recipe(quant: str, options: ExportOptions) -> Recipe:
+    """The recipe with what the options replace."""
+    recipe = load_recipe(quant)
+    given: dict[str, Any] = {
+        "default_method": options.method,
+        "group_size": options.group_size,
+        "symmetric": options.symmetric,
+        "lm_head": options.lm_head,
+        "vision": options.quantize_vision,
+        "damp": options.damp,
+    }
+    recipe = replace(recipe, **{key: value for key, value in given.items() if value is not None})
+    if options.bits is None:
+        return recipe
+    if recipe.mixed is None:
+        raise ExportError(
+            f"--bits is a budget for mixed recipes but {recipe.name} is none; use --quant "
+            "int4-mixed or leave it out."
+        )
+    return replace(recipe, mixed=replace(recipe.mixed, bits_per_weight=options.bits))
+
+
+def _refuse_requantizing(location: Location, quant: str | None, options: ExportOptions) -> None:
+    asked = {
+        "--quant": quant,
+        "--method": options.method,
+        "--group-size": options.group_size,
+        "--lm-head": options.lm_head,
+        "--quantize-vision": options.quantize_vision,
+    }
+    given = [flag for flag, value in asked.items() if value is not None]
+    if given:
+        raise ExportError(
+            f"{location.name} is quantized already and is taken over as it is; leave out "
+            f"{' and '.join(given)}, or export from the original bf16 checkpoint."
+        )
+
+
+def _with_samples(job: Job) -> Job:
+    """Draws the samples the job needs, or says why there is nothing to verify."""
+    if job.recipe is None:
+        return replace(job, unverified="the checkpoint is quantized; its original is not at hand")
+    formats = job.plan().formats
+    methods = {method for method in job.methods().values() if method != "rtn"}
+    calibrated = bool(methods) or job.recipe.mixed is not None
+    if not formats:
+        job = replace(job, unverified="nothing is quantized")
+    elif not job.options.verify:
+        job = replace(job, unverified="--no-verify")
+    if job.unverified and not calibrated:
+        return job
+    source = job.options.calib_data or (shipped_set() if job.location.name == MINI else None)
+    if source is None:
+        purpose = f"{' and '.join(sorted(methods))} calibration" if calibrated else "verification"
+        way_out = "--method rtn --no-verify" if calibrated else "--no-verify"
+        raise ExportError(
+            f"{purpose} needs questions with pages; pass --calib-data FILE.jsonl (query, pages), "
+            f"or do without: {way_out}."
+        )
+    options = job.options
+    calibration, held_out = choose(
+        read_samples(source, job.weights_sha256),
+        options.calib_samples if calibrated else 1,
+        0 if job.unverified else options.held_out,
+        options.seed,
+    )
+    return replace(
+        job, calibration=tuple(calibration if calibrated else ()), held_out=tuple(held_out)
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"  # what needs it says so, with the remedy
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it."""
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,124 @@
+"""Everything an export can be asked for, checked as far as it can be without a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from mmr5_export.plan import MAX_FILE_BYTES
+from mmr5_runtime.types import ExportError
+
+CALIBRATION_SAMPLES, HELD_OUT_SAMPLES = 128, 32
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Options of one export; the names are those of the command line.
+
+    What is stored: ``method``, ``group_size``, ``symmetric``, ``lm_head``, ``quantize_vision``,
+    ``damp`` (what GPTQ adds to a Hessian, relative to its mean diagonal) and ``bits`` (mean bits of
+    a decoder weight, for mixed recipes) replace what the recipe says, where given.
+    ``visual_weight`` is how much a visual token counts in the statistics, next to a text token.
+
+    Calibration: ``calib_samples`` and ``held_out`` samples are drawn from ``calib_data`` by
+    ``seed``; answers the data does not have are decoded up to ``max_new_tokens`` and kept in
+    ``response_cache``.
+
+    Verification: ``verify`` compares the engine with the checkpoint on the held-out samples;
+    ``min_top1_agreement`` (share of held-out lists whose first page must stay the same) makes the
+    export fail below it.
+
+    ``checkpoint_out`` is a folder for an ordinary quantized checkpoint beside the engine, and
+    ``checkpoint_for`` who will read it: a format that reader is known to misread is refused.
+
+    ``free_bytes`` and ``free_memory`` replace what is found on the disk and on the device.
+    Raises :class:`ExportError` for a value out of range and for options that contradict.
+    """
+
+    revision: str | None = None
+    method: str | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+    lm_head: str | None = None
+    quantize_vision: str | None = None
+    bits: float | None = None
+    damp: float | None = None
+    visual_weight: float = 1.0
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    max_file_bytes: int = MAX_FILE_BYTES
+    calib_data: Path | None = None
+    calib_samples: int = CALIBRATION_SAMPLES
+    held_out: int = HELD_OUT_SAMPLES
+    seed: int = 0
+    max_new_tokens: int = 1024
+    response_cache: Path | None = None
+    verify: bool = True
+    min_top1_agreement: float | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    checkpoint_out: Path | None = None
+    checkpoint_for: str = "vllm"
+    resume: bool = False
+    force: bool = False
+    free_bytes: int | None = None
+    free_memory: int | None = None
+
+    def __post_init__(self) -> None:
+        _in_range("damp", self.damp, above=0.0, most=1.0)
+        _in_range("visual_weight", self.visual_weight, above=0.0)
+        _in_range("bits", self.bits, above=0.0, most=16.0)
+        _in_range("calib_samples", self.calib_samples, above=0)
+        _in_range("held_out", self.held_out, above=0)
+        _in_range("max_new_tokens", self.max_new_tokens, above=0)
+        _in_range("min_top1_agreement", self.min_top1_agreement, above=0.0, most=1.0)
+        if self.min_top1_agreement is not None and not self.verify:
+            raise ExportError(
+                "--min-top1-agreement needs the verification that --no-verify leaves out; drop one "
+                "of the two."
+            )
+
+    def arguments(self) -> list[str]:
+        """Command-line arguments that repeat the export, without those that only say where.
+
+        Left out are defaults, paths written to, and how this run was begun (resume, force).
+        """
+        given: list[str] = []
+        for field in fields(self):
+            value: Any = getattr(self, field.name)
+            if field.name in _UNREPEATED or value == field.default:
+                continue
+            flag = f"--{field.name.replace('_', '-')}"
+            if field.name == "symmetric":
+                given.append("--sym" if value else "--asym")
+            elif field.name == "verify":
+                given.append("--no-verify")
+            else:
+                given += [flag, str(value)]
+        return given
+
+
+_UNREPEATED = {
+    "revision",
+    "max_file_bytes",
+    "response_cache",
+    "checkpoint_out",
+    "resume",
+    "force",
+    "free_bytes",
+    "free_memory",
+}
+
+
+def _in_range(
+    name: str, value: float | None, *, above: float = -math.inf, most: float = math.inf
+) -> None:
+    if value is None:
+        return
+    if not (math.isfinite(value) and above < value <= most):
+        limit = f" and at most {most:g}" if math.isfinite(most) else ""
+        raise ExportError(
+            f"--{name.replace('_', '-')} is {value:g}; give a number above {above:g}{limit}."
+        )
