@@ -83,13 +83,15 @@ PAGE_PHASES = (
         "lists", 1000, 8e-4, pages=40, counts=tuple(range(1, 11)), seed=20, short_until=650
     ),
     DecoderPhase(
-        "long-lists", 420, 8e-4, pages=40, counts=(2, 4, 5, 6, 7, 8, 9, 9, 10, 10, 10, 10), seed=33
+        "long-lists", 420, 8e-4, pages=40, counts=(2, 3, 4, 5, 6, 7, 8, 9, 9, 10, 10, 10), seed=33
     ),
     # Two of three batches are text only: they cost little, and sorting ten ids is all they teach.
-    DecoderPhase("polish", 900, 8e-4, pages=40, counts=(2, 4, 5, 6, 7, 8, 9, 10, 10, 10), seed=42),
+    DecoderPhase(
+        "polish", 1600, 8e-4, pages=40, counts=(2, 3, 3, 4, 5, 6, 7, 8, 9, 10, 10), seed=42
+    ),
 )
 SORTING = DecoderPhase(
-    "sorting", 900, 8e-4, pages=100, counts=(5, 7, 8, 9, 10, 10), seed=41, captions=0.0
+    "sorting", 1600, 8e-4, pages=100, counts=(3, 5, 7, 8, 9, 10, 10), seed=41, captions=0.0
 )
 
 
