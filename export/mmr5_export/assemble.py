@@ -13,7 +13,7 @@ from torch import Tensor
 from mmr5_export.checkpoint import Checkpoint
 from mmr5_export.plan import Plan
 from mmr5_export.prequantized import QuantizedCheckpoint
-from mmr5_export.quantize import default_search, quantize_linear
+from mmr5_export.quantize import quantize_linear, scale_search
 from mmr5_export.sequential import require_finite
 from mmr5_export.write import TensorWriter
 from mmr5_kernels.layout import Format
@@ -47,9 +47,11 @@ class QuantizedHere:
         self,
         checkpoint: Checkpoint,
         formats: Mapping[str, Format],
+        methods: Mapping[str, str],
         layers: Callable[[int], Mapping[str, Tensor]],
     ) -> None:
         self._checkpoint, self._formats, self._layers = checkpoint, formats, layers
+        self._methods = methods
         self._index, self._layer = -1, dict[str, Tensor]()
         self.sqnr_db: dict[str, float | None] = {}
 
@@ -71,7 +73,7 @@ class QuantizedHere:
         parts, decibels = quantize_linear(
             _padded(name, weight, self._spec, self._formats),
             self._formats[linear],
-            default_search(self._formats[linear]),
+            scale_search(self._methods[linear]),
         )
         self.sqnr_db[linear] = round(decibels, 3) if math.isfinite(decibels) else None
         return parts

@@ -89,7 +89,9 @@ def _add_storage(group: Any) -> None:
         help="int4 (default), int4-mixed, int8, int8-weight-only, fp8, bf16, or a recipe file",
     )
     group.add_argument(
-        "--method", choices=("gptq", "awq", "rtn", "smoothquant+gptq"), help="default: the recipe's"
+        "--method",
+        choices=("gptq", "awq", "rtn", "rtn-mse", "smoothquant+gptq"),
+        help="default: the recipe's",
     )
     group.add_argument("--group-size", type=int, help="columns per int4 scale: 32, 64 or 128")
     symmetry = group.add_mutually_exclusive_group()

@@ -19,7 +19,7 @@ from mmr5_export.options import ExportOptions
 from mmr5_export.plan import Plan, make_plan
 from mmr5_export.prequantized import QuantizedCheckpoint, is_quantized, open_quantized
 from mmr5_export.processor import image_settings, pixel_budget, read_processor
-from mmr5_export.recipe import Recipe, load_recipe
+from mmr5_export.recipe import ROUNDING, Recipe, load_recipe
 from mmr5_export.samples import Sample, choose, read_samples, samples_sha256, shipped_set
 from mmr5_export.source import MINI, Location, locate
 from mmr5_runtime.artifact import ImageSettings, PixelRange, file_sha256, tool_versions
@@ -286,7 +286,7 @@ def _with_samples(job: Job) -> Job:
     if job.recipe is None:
         return replace(job, unverified="the checkpoint is quantized; its original is not at hand")
     formats = job.plan().formats
-    methods = {method for method in job.methods().values() if method != "rtn"}
+    methods = {method for method in job.methods().values() if method not in ROUNDING}
     calibrated = bool(methods) or job.recipe.mixed is not None
     if not formats:
         job = replace(job, unverified="nothing is quantized")

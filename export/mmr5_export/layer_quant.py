@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmr5_export.gptq import gptq, rtn_error
 from mmr5_export.layer_pass import GROUPS, InputStats, group_linears
-from mmr5_export.quantize import default_search, encode, quantize_linear
+from mmr5_export.quantize import encode, quantize_linear, scale_search
 from mmr5_export.smoothing import (
     awq_scales,
     clipped_scales,
@@ -67,9 +67,9 @@ def quantize_layer(
 ) -> QuantizedLayer:
     """Quantizes layer ``index``.
 
-    ``dense`` holds its tensors by canonical name; ``formats`` and ``methods`` ("rtn", "gptq",
-    "awq", "smoothquant+gptq") are by linear. Raises :class:`CheckpointError` naming a linear whose
-    statistics are not finite or whose Hessian cannot be made positive definite.
+    ``dense`` holds its tensors by canonical name; ``formats`` and ``methods`` ("rtn", "rtn-mse",
+    "gptq", "awq", "smoothquant+gptq") are by linear. Raises :class:`CheckpointError` naming a
+    linear whose statistics are not finite or whose Hessian cannot be made positive definite.
     """
     layer = _Layer(spec, index, dense, stats)
     for group in GROUPS:
@@ -107,7 +107,7 @@ def _quantize(
             # Clipping has to weigh errors by the inputs: unweighted it cuts what AWQ enlarged.
             parts = encode(weight, format, *clipped_scales(weight, format, hessian.diagonal()))
         else:
-            parts, _ = quantize_linear(weight, format, default_search(format))
+            parts, _ = quantize_linear(weight, format, scale_search(method))
         error, used = rtn_error(weight, hessian, parts, format), None
     decibels = sqnr_db(weight, dequantize(format, parts, torch.float32))
     known = round(decibels, 3) if abs(decibels) != float("inf") else None

@@ -36,9 +36,9 @@ _SHRINK = tuple(1 - percent / 100 for percent in range(21))
 _BLOCK_WEIGHTS = 1 << 20
 
 
-def default_search(format: Format) -> str:
-    """The scale search that suits a format: 4 bits gain from clipping outliers, 8 bits do not."""
-    return "mse" if format.weights == "int4" else "absmax"
+def scale_search(method: str) -> str:
+    """How the rounding methods find scales: "rtn" is absmax, as everywhere; "rtn-mse" clips."""
+    return "mse" if method == "rtn-mse" else "absmax"
 
 
 def quantize_linear(

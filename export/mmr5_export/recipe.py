@@ -3,7 +3,7 @@
 [quant]                       # every key but name and format has a default
 name = "mine"
 format = "int4"               # bf16, int8, int8-weight-only, fp8 or int4: the decoder layers
-method = "gptq"               # rtn, gptq, awq or smoothquant+gptq, as far as the format goes
+method = "gptq"               # rtn, rtn-mse (clipped scales), gptq, awq or smoothquant+gptq
 group_size = 128              # columns to a scale: 32, 64 or 128
 symmetric = true
 lm_head = "int8"              # bf16, int4, or int8, which is weight-only here
@@ -48,8 +48,9 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     "int8": ("smoothquant+gptq", "gptq", "rtn"),
     "int8-weight-only": ("rtn", "gptq", "awq"),
     "fp8": ("rtn",),
-    "int4": ("gptq", "awq", "rtn"),
+    "int4": ("gptq", "awq", "rtn", "rtn-mse"),
 }
+ROUNDING = ("rtn", "rtn-mse")  # need no calibration
 _LM_HEAD = {"bf16": "bf16", "int8": "int8-weight-only", "int4": "int4"}
 _VISION = ("bf16", "int8", "fp8")
 _GROUPED = ("int4", "int8-weight-only")
@@ -151,11 +152,13 @@ class Recipe:
         return stored
 
     def method(self, linear: str) -> str:
-        """How the codes of a linear are found: rtn, gptq, awq or smoothquant+gptq.
+        """How the codes of a linear are found: rtn, rtn-mse, gptq, awq or smoothquant+gptq.
 
         lm_head and the vision tower are rounded to nearest, whatever the decoder layers get.
         """
-        return self._method(self._rule(linear)) if linear.startswith("model.layers.") else "rtn"
+        if linear.startswith("model.layers."):
+            return self._method(self._rule(linear))
+        return "rtn-mse" if linear == "lm_head" and self.lm_head == "int4" else "rtn"
 
     def candidates(self, spec: ModelSpec) -> dict[str, dict[str, Format | None]]:
         """What a mixed choice is made of: formats by name for every group of linears.
@@ -271,7 +274,7 @@ class Recipe:
             if not rule.match or name.startswith("model.layers."):
                 continue
             self._choose(f"format of {name}", rule.format, _LM_HEAD.values() if head else _VISION)
-            if rule.method not in (None, "rtn"):
+            if rule.method not in (None, "rtn", "rtn-mse"):
                 raise self._error(f"{name} is always rounded to nearest; leave its method out")
 
     def _formats_named(self) -> set[str]:

@@ -155,7 +155,8 @@ class Run:
             step = f"layer-{index:02}"
             return self.journal.tensors(step) if self.job.calibration else {}
 
-        return QuantizedHere(self.job.checkpoint, formats, layer)
+        methods = self.job.methods(self.recipe)
+        return QuantizedHere(self.job.checkpoint, formats, methods, layer)
 
     def layer_reports(self) -> dict[str, dict[str, Any]]:
         """What calibration says of every linear it quantized."""

@@ -192,7 +192,9 @@ def test_a_tokenizer_with_another_image_token(checkpoint: Path) -> None:
 
 
 def test_an_unknown_quantization(checkpoint: Path) -> None:
-    assert "there is no recipe 'int3'; choose one of bf16" in refusal(ExportError, checkpoint, "int3")
+    assert "there is no recipe 'int3'; choose one of bf16" in refusal(
+        ExportError, checkpoint, "int3"
+    )
 
 
 @pytest.mark.parametrize(("low", "high"), [(100, None), (None, 1000), (-1, 5000)])

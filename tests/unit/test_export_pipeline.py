@@ -59,7 +59,7 @@ def test_only_decoder_linears_and_the_head_are_quantized(
     for linear, format in manifest.formats.items():
         assert format == (INT8_WEIGHT_ONLY if linear == "lm_head" else DECODER[quant])
         weight = source.pop(f"{linear}.weight")
-        wanted, _ = quantize_linear(weight, format, "mse" if format == INT4 else "absmax")
+        wanted, _ = quantize_linear(weight, format)
         for suffix, tensor in wanted.items():
             assert torch.equal(found.pop(f"{linear}.{suffix}"), tensor)
     assert found.keys() == source.keys()
@@ -91,7 +91,7 @@ def test_other_float_checkpoints_are_stored_as_bf16(dtype: torch.dtype, tmp_path
     assert all(torch.equal(found[name], source[name].to(torch.bfloat16)) for name in dense)
     # Codes come from the values of the source, not from their bf16 roundings.
     linear = "model.layers.0.mlp.down_proj"
-    wanted, _ = quantize_linear(source[f"{linear}.weight"], INT4, "mse")
+    wanted, _ = quantize_linear(source[f"{linear}.weight"], INT4)
     assert torch.equal(found[f"{linear}.weight_packed"], wanted["weight_packed"])
 
 

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from mmr5_bench.metrics import bootstrap_interval, hit_at, recall_at, wilson_interval
+from mmr5_bench.metrics import (
+    bootstrap_interval,
+    bootstrap_ratio_interval,
+    hit_at,
+    recall_at,
+    wilson_interval,
+)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +41,23 @@ def test_bootstrap_brackets_the_mean_and_repeats() -> None:
     assert 0.58 < low < 0.64 and 0.76 < high < 0.82  # normal theory: 0.61 to 0.79
     assert bootstrap_interval(values) == (low, high)
     assert bootstrap_interval([1.0] * 10) == (1.0, 1.0)
+
+
+def test_bootstrap_of_a_ratio_weighs_cases_by_their_size() -> None:
+    values = [0.0] * 30 + [1.0] * 70
+    assert bootstrap_ratio_interval(values, [1.0] * 100) == bootstrap_interval(values)
+    low, high = bootstrap_ratio_interval([3.0, 6.0, 30.0], [1.0, 2.0, 10.0])
+    assert low == high == 3.0  # the same ratio in every case, whichever are drawn
+    low, high = bootstrap_ratio_interval([0.0, 100.0] * 50, [1.0, 99.0] * 50)
+    assert low < 1.0 < high
+
+
+@pytest.mark.parametrize(
+    ("over", "under"), [([], []), ([1.0], [0.0]), ([1.0], [1.0, 1.0]), ([1.0], [float("nan")])]
+)
+def test_a_ratio_without_a_denominator_is_an_error(over: list[float], under: list[float]) -> None:
+    with pytest.raises(ValueError, match="positive denominator"):
+        bootstrap_ratio_interval(over, under)
 
 
 def test_wilson_known_values() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mmr5_bench.cli import main
-from mmr5_bench.readme import accuracy_table, load_document, write_table
+from mmr5_bench.readme import accuracy_table, load_document, table_of, write_table
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,6 +55,17 @@ def test_missing_markers_and_files_are_one_line(
     assert "other.json is no result file" in capsys.readouterr().err
 
 
-def test_the_readme_table_is_the_one_its_results_give() -> None:
-    document = load_document(ROOT / "benchmarks" / "results" / "mini-accuracy.json")
-    assert accuracy_table(document) in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_a_document_that_no_table_shows_is_named(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(json.dumps({"kind": "weather"}))
+    with pytest.raises(ValueError, match="weather.*minidocs-accuracy, minidocs-quantization"):
+        load_document(tmp_path / "r.json")
+
+
+@pytest.mark.parametrize("name", ["mini-accuracy", "mini-quantization"])
+def test_the_readme_tables_are_those_that_the_results_give(name: str) -> None:
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    if not path.is_file():
+        pytest.skip(f"{path.name} was not measured yet")
+    marker, table = table_of(load_document(path))
+    assert marker == name
+    assert table in (ROOT / "README.md").read_text(encoding="utf-8")
