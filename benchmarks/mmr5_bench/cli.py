@@ -1,4 +1,4 @@
-"""``mmr5-bench``: accuracy runs and the README tables made from them."""
+"""``mmr5-bench``: accuracy and quantization runs, and the README tables made from them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from mmr5_bench.readme import accuracy_table, load_document, write_table
+from mmr5_bench.readme import load_document, table_of, write_table
 from mmr5_runtime.types import Mmr5Error
 
 
@@ -37,8 +38,24 @@ def _parser() -> argparse.ArgumentParser:
     accuracy.add_argument("-o", "--output", type=Path, required=True, help="JSON to write")
     accuracy.set_defaults(run=_accuracy)
 
+    quantization = commands.add_parser("quantization", help="what quantizing costs, list by list")
+    quantization.add_argument("engines", type=Path, nargs="+", help="engine folders")
+    quantization.add_argument("--reference", type=Path, required=True, help="the bf16 engine")
+    quantization.add_argument("--cases", type=int, default=1000, help="lists of 2 to 10 pages")
+    quantization.add_argument("--seed", type=int, default=3)
+    quantization.add_argument("--dtype", default="float32", help="compute type, or bfloat16")
+    quantization.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    quantization.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        help="JSON to write; the .jsonl beside it keeps finished cases for the next run",
+    )
+    quantization.set_defaults(run=_quantization)
+
     readme = commands.add_parser("readme", help="write a table into the README")
-    readme.add_argument("results", type=Path, help="JSON written by `mmr5-bench accuracy`")
+    readme.add_argument("results", type=Path, help="JSON written by `mmr5-bench`")
     readme.add_argument("--readme", type=Path, default=Path("README.md"))
     readme.set_defaults(run=_readme)
     return parser
@@ -55,17 +72,52 @@ def _accuracy(options: argparse.Namespace) -> int:
         dtype=options.dtype,
         jobs=options.jobs,
     )
+    return _write(document, options.output)
+
+
+def _quantization(options: argparse.Namespace) -> int:
+    from mmr5_bench.quantization import measure, open_contender
+    from mmr5_bench.quantization_report import quantization_document
+
+    reference = open_contender(options.reference)
+    engines = [open_contender(path) for path in options.engines]
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(document, separators=(",", ":")) + "\n")
-    print(accuracy_table(document), file=sys.stderr)
+    outcomes = measure(
+        reference,
+        engines,
+        options.output.with_suffix(".jsonl"),
+        num_cases=options.cases,
+        seed=options.seed,
+        dtype=options.dtype,
+        jobs=options.jobs,
+        progress=_say_progress,
+    )
+    document = quantization_document(
+        reference,
+        engines,
+        outcomes,
+        num_cases=options.cases,
+        seed=options.seed,
+        dtype=options.dtype,
+    )
+    return _write(document, options.output)
+
+
+def _say_progress(done: int, total: int) -> None:
+    print(f"{done} of {total} answers compared", file=sys.stderr)
+
+
+def _write(document: dict[str, Any], output: Path) -> int:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(document, separators=(",", ":")) + "\n")
+    print(table_of(document)[1], file=sys.stderr)
     summary = {**document, "rows": [{**row, "records": None} for row in document["rows"]]}
     print(json.dumps(summary))
     return 0
 
 
 def _readme(options: argparse.Namespace) -> int:
-    changed = write_table(
-        options.readme, "mini-accuracy", accuracy_table(load_document(options.results))
-    )
+    name, table = table_of(load_document(options.results))
+    changed = write_table(options.readme, name, table)
     print(f"{options.readme}: {'updated' if changed else 'up to date'}")
     return 0

@@ -6,15 +6,15 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
+from mmr5_export.agreement import recall_at
 
-def recall_at(order: Sequence[int], gold: Collection[int], k: int) -> float:
-    """Share of ``gold`` among the first ``k`` of ``order`` (the MMDocIR definition).
-
-    With several gold pages Recall@1 cannot reach 1. Raises ValueError without gold.
-    """
-    if not gold:
-        raise ValueError("recall needs at least one gold page")
-    return len(set(order[:k]) & set(gold)) / len(set(gold))
+__all__ = [
+    "bootstrap_interval",
+    "bootstrap_ratio_interval",
+    "hit_at",
+    "recall_at",
+    "wilson_interval",
+]
 
 
 def hit_at(order: Sequence[int], gold: Collection[int], k: int) -> float:
@@ -32,6 +32,28 @@ def bootstrap_interval(
     rng = np.random.default_rng(seed)
     means = sample[rng.integers(0, sample.size, (resamples, sample.size))].mean(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def bootstrap_ratio_interval(
+    numerators: Sequence[float],
+    denominators: Sequence[float],
+    *,
+    level: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of sum(numerators) / sum(denominators) over whole cases.
+
+    For means over tokens: the tokens of one case are not independent, so cases are redrawn.
+    """
+    over, under = (np.asarray(v, dtype=np.float64) for v in (numerators, denominators))
+    if over.size == 0 or over.shape != under.shape or not (under > 0).all():
+        raise ValueError("a ratio needs at least one case, and a positive denominator in each")
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(0, over.size, (resamples, over.size))
+    ratios = over[drawn].sum(axis=1) / under[drawn].sum(axis=1)
+    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +44,38 @@ def write_table(readme: Path, name: str, table: str) -> bool:
 
 
 def load_document(path: Path) -> dict[str, Any]:
-    """Read one accuracy file; ValueError when it is none."""
+    """Read one result file; ValueError when it is none that a table can be made from."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         kind = document["kind"]
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is no result file; write it with mmr5-bench accuracy") from error
-    if kind != "minidocs-accuracy":
-        raise ValueError(f"{path} holds {kind}, not accuracies; pass one of mmr5-bench accuracy")
+        raise ValueError(
+            f"{path} is no result file; write it with mmr5-bench accuracy or quantization"
+        ) from error
+    if kind not in TABLES:
+        raise ValueError(
+            f"{path} holds {kind}, which no table shows; pass one of {', '.join(TABLES)}"
+        )
     return dict(document)
+
+
+def table_of(document: dict[str, Any]) -> tuple[str, str]:
+    """The name of the markers that a document's table belongs between, and the table."""
+    name, make = TABLES[document["kind"]]
+    return name, make(document)
+
+
+def _quantization_table(document: dict[str, Any]) -> str:
+    from mmr5_bench.quantization_report import quantization_table  # torch only when it is needed
+
+    return quantization_table(document)
 
 
 def _cell(metric: dict[str, float]) -> str:
     return f"{metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]"
+
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "minidocs-accuracy": ("mini-accuracy", accuracy_table),
+    "minidocs-quantization": ("mini-quantization", _quantization_table),
+}
