@@ -172,8 +172,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _status(error: Mmr5Error) -> int:
     from mmr5_export.agreement import VerificationFailed
     from mmr5_export.estimate import ResourceError
+    from mmr5_export.options import OptionError
 
-    kinds = {CheckpointError: INCOMPATIBLE, ResourceError: TOO_SMALL, VerificationFailed: REJECTED}
+    kinds = {
+        OptionError: USAGE,
+        CheckpointError: INCOMPATIBLE,
+        ResourceError: TOO_SMALL,
+        VerificationFailed: REJECTED,
+    }
     return next((status for kind, status in kinds.items() if isinstance(error, kind)), FAILED)
 
 

@@ -3,6 +3,7 @@
 Memory is the largest of the stages, since each frees what the one before held:
 
 =========== ====================================================================================
+writing     the largest tensor, as it is and as it is stored
 answering   the whole model, to write the calibration answers (skipped when they are known)
 embedding   vision tower and embedding table
 layer       one layer in the compute dtype and in fp32, the statistics of its inputs, and GPTQ's
@@ -45,7 +46,8 @@ class Workload:
     """How much there is to run: prompts and their tokens (answers included), and answer tokens.
 
     ``longest`` is the longest prompt with its answer. ``to_answer`` answer tokens are still to be
-    decoded. ``gptq`` and ``awq`` say whether any linear uses the method.
+    decoded. ``gptq`` and ``awq`` say whether any linear uses the method, ``verify`` whether the
+    engine is run at the end.
     """
 
     prompts: int
@@ -54,6 +56,7 @@ class Workload:
     to_answer: int
     gptq: bool
     awq: bool
+    verify: bool
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,8 @@ def estimate(
 ) -> Needs:
     """What the export of a model needs on ``device`` when it computes in ``dtype``.
 
-    ``engine_bytes`` is the size of the engine, ``answering_bytes`` of the model that writes the
-    answers. Measures the device for about half a second.
+    ``engine_bytes`` is what the engine takes when it is loaded, ``answering_bytes`` the model that
+    writes the answers. Measures the device for about half a second.
     """
     size, text = dtype.itemsize, spec.text
     shapes = tensor_shapes(spec)
@@ -96,7 +99,11 @@ def estimate(
     )
     activations = _ACTIVATION_COPIES * work.longest * widest * 4
     cache = 2 * work.longest * text.num_layers * text.kv_size * size
-    memory = {"verifying": engine_bytes + cache + activations + _OVERHEAD}
+    largest = max(prod(shape) for shape in shapes.values())
+    memory = {"writing": 2 * 2 * largest + _OVERHEAD}
+    if work.verify:
+        memory["verifying"] = engine_bytes + cache + activations + _OVERHEAD
+        memory["verifying"] += table * size  # the original's head, to compare with
     if work.prompts:
         memory["embedding"] = (vision + table) * size + activations + _OVERHEAD
         memory["layer"] = layer * (size + 4) + hessians + working + activations + _OVERHEAD
@@ -139,6 +146,7 @@ def check_memory(needs: Needs, device: torch.device, available: int | None = Non
     remedies = {
         "answering": "give the answers in the calibration data, or use a larger device",
         "verifying": "pass --no-verify, or use a larger device",
+        "writing": "free some memory, or use a larger machine",
     }
     remedy = remedies.get(stage, "pass fewer or smaller pages, or use a larger device")
     raise ResourceError(

@@ -160,6 +160,7 @@ _NOT_IDENTIFYING = {
     "free_bytes",
     "free_memory",
     "min_top1_agreement",
+    "checkpoint_out",
 }
 
 

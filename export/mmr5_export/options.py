@@ -10,6 +10,11 @@ from typing import Any
 from mmr5_export.plan import MAX_FILE_BYTES
 from mmr5_runtime.types import ExportError
 
+
+class OptionError(ExportError):
+    """An option is out of its range, or contradicts another."""
+
+
 CALIBRATION_SAMPLES, HELD_OUT_SAMPLES = 128, 32
 
 
@@ -34,7 +39,7 @@ class ExportOptions:
     ``checkpoint_for`` who will read it: a format that reader is known to misread is refused.
 
     ``free_bytes`` and ``free_memory`` replace what is found on the disk and on the device.
-    Raises :class:`ExportError` for a value out of range and for options that contradict.
+    Raises :class:`OptionError` for a value out of range and for options that contradict.
     """
 
     revision: str | None = None
@@ -75,7 +80,7 @@ class ExportOptions:
         _in_range("max_new_tokens", self.max_new_tokens, above=0)
         _in_range("min_top1_agreement", self.min_top1_agreement, above=0.0, most=1.0)
         if self.min_top1_agreement is not None and not self.verify:
-            raise ExportError(
+            raise OptionError(
                 "--min-top1-agreement needs the verification that --no-verify leaves out; drop one "
                 "of the two."
             )
@@ -119,6 +124,6 @@ def _in_range(
         return
     if not (math.isfinite(value) and above < value <= most):
         limit = f" and at most {most:g}" if math.isfinite(most) else ""
-        raise ExportError(
+        raise OptionError(
             f"--{name.replace('_', '-')} is {value:g}; give a number above {above:g}{limit}."
         )

@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 from math import prod
 
+import torch
+
 from mmr5_export.calibration import encode_prompt
 from mmr5_export.estimate import (
     Needs,
@@ -52,13 +54,19 @@ def require(job: Job) -> Requirements:
         engine_bytes += job.recipe.mixed.budget_bytes(spec)  # at most: nothing is chosen yet
     dense = parameter_count(spec) * job.dtype.itemsize
     answering, answering_bytes = ("bf16", dense) if work.to_answer else (None, 0)
-    needs = estimate(spec, work, engine_bytes, answering_bytes, job.dtype, job.device)
+    loaded = engine_bytes + _widening(job)
+    needs = estimate(spec, work, loaded, answering_bytes, job.dtype, job.device)
     free = job.options.free_memory or available_memory(job.device)
     if answering and free is not None and needs.memory["answering"] > free:
         linears = sum(prod(shape) for shape in decoder_linear_shapes(spec).values())
         answering, answering_bytes = "int8-weight-only", dense - linears * (job.dtype.itemsize - 1)
-        needs = estimate(spec, work, engine_bytes, answering_bytes, job.dtype, job.device)
-    disk = engine_bytes + sum(path.stat().st_size for path in job.copied) + _DESCRIPTION_BYTES
+        needs = estimate(spec, work, loaded, answering_bytes, job.dtype, job.device)
+    # Calibrated layers are kept in the journal until the engine is published.
+    disk = (
+        engine_bytes * (2 if job.calibration else 1)
+        + sum(path.stat().st_size for path in job.copied)
+        + _DESCRIPTION_BYTES
+    )
     disk += needs.spill_bytes
     if job.options.checkpoint_out is not None:
         disk += parameter_count(spec) * 2  # at most
@@ -69,6 +77,12 @@ def check(job: Job, required: Requirements) -> None:
     """Raises :class:`ResourceError` when memory or disk is too small for the job."""
     check_memory(required.needs, job.device, job.options.free_memory)
     check_disk(job.output.absolute(), required.disk_bytes, job.options.free_bytes)
+
+
+def _widening(job: Job) -> int:
+    """Bytes by which dense tensors grow when they are loaded in the compute dtype."""
+    dense = (tensor for tensor in job.plan().stored if tensor.dtype == torch.bfloat16)
+    return sum(tensor.num_bytes for tensor in dense) * (job.dtype.itemsize - 2) // 2
 
 
 def _workload(job: Job) -> Workload:
@@ -87,6 +101,7 @@ def _workload(job: Job) -> Workload:
         to_answer=missing,
         gptq=any("gptq" in method for method in methods),
         awq="awq" in methods,
+        verify=bool(job.held_out),
     )
 
 
