@@ -8,7 +8,8 @@ VENV ?= .venv
 PY ?= $(VENV)/bin/python
 MINI_ENGINE ?= build/mini-int4
 SAMPLES := mmr5_runtime/assets/samples
-ACCURACY := benchmarks/results/mini-accuracy.json
+RESULTS := benchmarks/results/mini-quantization.json
+MINI_ENGINES := $(shell benchmarks/mini-engines.sh --names)
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
@@ -41,11 +42,10 @@ test-gpu: $(OWN_ENV)
 	$(PY) -m pytest -m gpu
 
 bench: $(DEV)
-	for quant in bf16 int8 int4; do \
-	  $(BIN)/mmr5-export --model mini --quant $$quant --output build/mini-$$quant --force || exit 1; \
-	done
-	$(BIN)/mmr5-bench accuracy build/mini-bf16 build/mini-int8 build/mini-int4 -o $(ACCURACY)
-	$(BIN)/mmr5-bench readme $(ACCURACY)
+	benchmarks/mini-engines.sh $(BIN)/mmr5-export build/mini
+	$(BIN)/mmr5-bench quantization --reference build/mini/bf16 -o $(RESULTS) \
+	  $(filter-out build/mini/bf16,$(patsubst %,build/mini/%,$(MINI_ENGINES)))
+	$(BIN)/mmr5-bench readme $(RESULTS)
 
 $(BIN)/python:
 	@for python in $(PYTHON) python3 python3.11 python3.12 python3.13; do \

@@ -1,9 +1,13 @@
 #!/bin/sh
-# Exports mini in every way that is compared in the README: name, then options of mmr5-export.
-# Usage: mini-engines.sh EXPORT_COMMAND FOLDER
+# Exports mini in every way that the README compares, into folders named as below.
+# Usage: mini-engines.sh EXPORT_COMMAND FOLDER, or mini-engines.sh --names
 set -e
 while read -r name options; do
-  [ -f "$2/$name/mmr5_engine.json" ] || "$1" --model mini --output "$2/$name" --force $options
+  if [ "$1" = --names ]; then
+    echo "$name"
+  elif [ ! -f "$2/$name/mmr5_engine.json" ]; then
+    "$1" --model mini --output "$2/$name" $options
+  fi
 done <<END
 bf16 --quant bf16
 int8 --quant int8

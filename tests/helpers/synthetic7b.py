@@ -1,11 +1,14 @@
-"""A checkpoint with the names, shapes and sharding of Qwen2.5-VL-7B, but few layers.
+"""A checkpoint with the names, shapes and sharding of Qwen2.5-VL-7B, random, and few layers.
 
 Written as safetensors directly: instantiating the model in transformers would take more memory
-than the export that is to be measured.
+than the export that is to be measured. For measurements, with all layers (16.6 GB)::
+
+    PYTHONPATH=tests python -m helpers.synthetic7b FOLDER --layers 28 --blocks 32
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,3 +145,17 @@ def _write_tokenizer(folder: Path) -> None:
         token["id"] = FIRST_SPECIAL_ID + order.index(token["content"])
     (folder / "tokenizer.json").write_text(json.dumps(document))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+
+
+def main() -> None:
+    """Command line entry."""
+    parser = argparse.ArgumentParser(description="Write a random checkpoint of the 7B shape.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--blocks", type=int, default=2, help="of the vision tower")
+    options = parser.parse_args()
+    write_synthetic_7b(options.folder, options.layers, options.blocks)
+
+
+if __name__ == "__main__":
+    main()
