@@ -58,9 +58,9 @@ _PARTIAL = ".partial-"
 _CHUNK = 1 << 20
 
 
-def partial_name(name: str, process: int) -> str:
-    """Name of the folder beside ``name`` in which an export works until it is complete."""
-    return f"{name}{_PARTIAL}{process}"
+def partial_name(name: str, owner: int | str) -> str:
+    """Name of the folder beside ``name`` in which ``owner`` works until it is complete."""
+    return f"{name}{_PARTIAL}{owner}"
 
 
 def work_name(name: str) -> str:

@@ -25,7 +25,7 @@ from mmr5_bench.minidocs.lists import HELD_OUT_SEEDS, RerankCase, make_case
 from mmr5_bench.minidocs.pages import render_page
 from mmr5_bench.outcomes import Key, Outcome, OutcomeFile
 from mmr5_export.agreement import TokenSums, compare
-from mmr5_export.evaluate import Answer, Reading, encode_pages, prepare
+from mmr5_export.evaluate import Answer, Reading, encode_pages, read_question
 from mmr5_runtime.artifact import Manifest, TensorReader, read_manifest
 from mmr5_runtime.loading import LoadedEngine, load_engine
 
@@ -177,7 +177,7 @@ def run_case(
     reference = contenders[0]
     original = loaded[reference.key]
     pages = [render_page(page.topic, page.kind, page.seed) for page in case.pages]
-    question = prepare(original, case.question, pages, MAX_NEW_TOKENS)
+    question = read_question(original, case.question, pages, MAX_NEW_TOKENS)
     towers = {reference.vision: encode_pages(original, question)}
     reading = Reading(original, question, towers[reference.vision])
     outcomes: dict[Key, Outcome] = {}

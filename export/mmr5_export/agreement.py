@@ -17,6 +17,7 @@ from torch import Tensor
 from mmr5_runtime.types import ExportError, Status
 
 KS = (1, 3, 5)
+ORIGINAL = "bf16"
 _BLOCK_ELEMENTS = 1 << 22  # float64 copies of both sides are made for this many logits at a time
 
 
@@ -155,17 +156,29 @@ class Ranking:
 
 @dataclass(frozen=True)
 class RankedSample:
-    """Both rankings of one list; ``relevant`` holds its 0-based labelled pages, None if unknown."""
+    """Both rankings of one list; ``relevant`` holds its 0-based labelled pages, None if unknown.
+
+    ``reference_by`` is the format of the model that gave the reference: "bf16" is the original,
+    anything else a copy of it.
+    """
 
     reference: Ranking
     engine: Ranking
     relevant: tuple[int, ...] | None = None
+    reference_by: str = ORIGINAL
 
     def __post_init__(self) -> None:
         if not self.engine.order or sorted(self.engine.order) != sorted(self.reference.order):
             raise ValueError(
                 f"orders {self.reference.order} and {self.engine.order} are not of the same pages"
             )
+
+
+def reference_name(reference_by: str) -> str:
+    """What to call the model that gave the reference rankings."""
+    if reference_by == ORIGINAL:
+        return "the original"
+    return f"a copy of the original stored as {reference_by}"
 
 
 def kendall_tau(first: Sequence[int], second: Sequence[int]) -> float:
@@ -193,6 +206,15 @@ class RankMetrics:
     def __post_init__(self) -> None:
         if not self.samples:
             raise ValueError("rank metrics need at least one list")
+
+    @property
+    def reference_by(self) -> str:
+        """Who gave the reference rankings: "bf16", or the format of a copy that gave any of them.
+
+        See :func:`reference_name`.
+        """
+        others = {sample.reference_by for sample in self.samples} - {ORIGINAL}
+        return " and ".join(sorted(others)) or ORIGINAL
 
     @property
     def first_choice_agreement(self) -> float:
@@ -235,6 +257,7 @@ class RankMetrics:
         recalls = {k: self.recall(k) for k in KS}
         return {
             "lists": len(self.samples),
+            "reference_by": self.reference_by,
             "labelled_lists": sum(bool(s.relevant) for s in self.samples),
             "first_choice_agreement": self.first_choice_agreement,
             "order_agreement": self.order_agreement,

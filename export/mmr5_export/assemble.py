@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from mmr5_export.checkpoint import Checkpoint
+from mmr5_export.finite import require_finite
 from mmr5_export.plan import Plan
 from mmr5_export.prequantized import QuantizedCheckpoint
 from mmr5_export.quantize import quantize_linear, scale_search
-from mmr5_export.sequential import require_finite
 from mmr5_export.write import TensorWriter
 from mmr5_kernels.layout import Format
 from mmr5_runtime.spec import ModelSpec, pad_vision
@@ -71,7 +71,7 @@ class QuantizedHere:
         weight = self._checkpoint.read(name)
         require_finite(name, weight)
         parts, decibels = quantize_linear(
-            _padded(name, weight, self._spec, self._formats),
+            _as_wide_as_stored(name, weight, self._spec, self._formats),
             self._formats[linear],
             scale_search(self._methods[linear]),
         )
@@ -85,7 +85,7 @@ class QuantizedHere:
             return made[name]
         tensor = self._checkpoint.read(name)
         require_finite(name, tensor)
-        return _padded(name, tensor, self._spec, self._formats).to(torch.bfloat16)
+        return _as_wide_as_stored(name, tensor, self._spec, self._formats).to(torch.bfloat16)
 
     def _made(self, name: str) -> Mapping[str, Tensor]:
         """What calibration made of the layer that ``name`` belongs to; one layer is kept."""
@@ -116,10 +116,12 @@ class TakenOver:
         tensor = self._checkpoint.read(name)
         require_finite(name, tensor)
         formats = self._checkpoint.formats
-        return _padded(name, tensor, self._checkpoint.spec, formats).to(torch.bfloat16)
+        return _as_wide_as_stored(name, tensor, self._checkpoint.spec, formats).to(torch.bfloat16)
 
 
-def _padded(name: str, tensor: Tensor, spec: ModelSpec, formats: Mapping[str, Format]) -> Tensor:
+def _as_wide_as_stored(
+    name: str, tensor: Tensor, spec: ModelSpec, formats: Mapping[str, Format]
+) -> Tensor:
     """A vision tensor as wide as its block is stored, any other as it is."""
     linear = name.rpartition(".")[0]
     block = linear.startswith("visual.blocks.") and linear in formats

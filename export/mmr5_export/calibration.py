@@ -13,39 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmr5_export.samples import (
-    Sample,
-    check_pages,
-    choose,
-    of_sample,
-    page_sha256,
-    read_samples,
-    samples_sha256,
-    shipped_set,
-)
+from mmr5_export.samples import DataError, Sample, of_sample
 from mmr5_runtime.image import PixelBudget, planned_sizes, preprocess
 from mmr5_runtime.pages import naming, open_page
 from mmr5_runtime.planning import plan_context
 from mmr5_runtime.prompt import PromptTokenizer
 from mmr5_runtime.rope import Grid, mrope_positions
 from mmr5_runtime.spec import ModelSpec
-from mmr5_runtime.types import ExportError
-
-__all__ = [
-    "Prompt",
-    "Sample",
-    "TokenCounts",
-    "check_pages",
-    "choose",
-    "encode",
-    "encode_prompt",
-    "of_sample",
-    "page_sha256",
-    "pixel_values",
-    "read_samples",
-    "samples_sha256",
-    "shipped_set",
-]
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +73,7 @@ def encode_prompt(
     """The prompt of ``sample`` followed by ``response_ids``; no page is resized for it.
 
     ``response_ids`` end with the end token where the response stopped with it. Raises
-    :class:`ExportError` naming the sample when a page cannot be read, the query holds a reserved
+    :class:`DataError` naming the sample when a page cannot be read, the query holds a reserved
     token, or the context of the model cannot hold it all.
     """
     vision, context = spec.vision, spec.text.max_position_embeddings
@@ -122,7 +96,7 @@ def encode_prompt(
         grids.append((1, height // vision.patch_size, width // vision.patch_size))
     used = len(plan.token_ids)
     if used + len(response_ids) > context:
-        raise ExportError(
+        raise DataError(
             f"{sample.name}: prompt and response take {used} and {len(response_ids)} tokens but "
             f"the context holds {context}; shorten the response or lower --max-pixels."
         )
@@ -148,7 +122,7 @@ def pixel_values(
     """Patches of every page of ``sample``, in order: [P, patch_dim] float32, on the CPU.
 
     ``image_settings`` are keyword arguments of :func:`mmr5_runtime.image.preprocess`. Raises
-    :class:`ExportError` naming the sample and the page that cannot be read.
+    :class:`DataError` naming the sample and the page that cannot be read.
     """
     patches = []
     with of_sample(sample):
@@ -157,16 +131,3 @@ def pixel_values(
                 image = open_page(page)
                 patches.append(preprocess(image, budget, **image_settings).pixel_values)
     return patches
-
-
-def encode(
-    sample: Sample,
-    response_ids: Sequence[int],
-    tokenizer: PromptTokenizer,
-    budget: PixelBudget,
-    image_settings: Mapping[str, Any],
-    spec: ModelSpec,
-) -> tuple[Prompt, list[Tensor]]:
-    """:func:`encode_prompt` and :func:`pixel_values` in one; raises like both."""
-    prompt = encode_prompt(sample, response_ids, tokenizer, budget, spec)
-    return prompt, pixel_values(sample, budget, image_settings)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+from mmr5_export.agreement import ORIGINAL, reference_name
+from mmr5_export.estimate import gigabytes
 
 
 def model_card(document: Mapping[str, Any]) -> str:
@@ -21,7 +21,8 @@ def model_card(document: Mapping[str, Any]) -> str:
         _front_matter(document),
         f"# {source['name']}, {quant['name']}",
         f"An engine folder of mmr5-runtime: `{source['name']}` stored as {quant['name']}{method}, "
-        f"{_size(document['bytes'])} of weights instead of {_size(document['bf16_bytes'])} in "
+        f"{gigabytes(document['bytes'])} of weights instead of "
+        f"{gigabytes(document['bf16_bytes'])} in "
         "bf16. It ranks document pages, given as images, for a question.",
         "The licence of the source checkpoint holds.",
         "## What it lost",
@@ -44,7 +45,7 @@ def _front_matter(document: Mapping[str, Any]) -> str:
     quant, name = document["quant"], document["source"]["name"]
     tags = ["mmr5-runtime", "qwen2_5_vl", "document-reranking", quant["name"], quant["method"]]
     lines = []
-    if _HUB_ID.fullmatch(name):  # a folder's name would be taken for somebody's repository
+    if "/" in name:  # a hub id: folders are recorded by their last name only
         lines.append(f"base_model: {name}")
         if quant["layers"]:
             lines.append("base_model_relation: quantized")
@@ -59,8 +60,8 @@ def _losses(document: Mapping[str, Any]) -> str:
         reason = document.get("unverified") or "the export ran without verification"
         return f"Not measured: {reason.rstrip('.')}."
     tokens, ranks = verification["tokens"], verification["ranks"]
-    lists = ranks["lists"]
-    rows = [
+    lists, copy = ranks["lists"], ranks["reference_by"] != ORIGINAL
+    token_rows = [
         (
             "Perplexity",
             _perplexity(tokens["reference_perplexity"]),
@@ -68,30 +69,46 @@ def _losses(document: Mapping[str, Any]) -> str:
         ),
         ("KL per token, nats", "", f"{tokens['kl_nats']:.3g}"),
         ("Same next token", "", f"{_percent(tokens['next_token_agreement'])}"),
+    ]
+    rank_rows = [
         ("Same first page", "", _of(ranks["first_choice_agreement"], lists)),
         ("Same order", "", _of(ranks["order_agreement"], lists)),
         ("Kendall tau", "", f"{ranks['kendall_tau']:.3f}"),
     ]
-    rows += [
+    rank_rows += [
         (f"Recall@{k}", f"{pair['reference']:.3f}", f"{pair['engine']:.3f}")
         for k, pair in ranks["recall"].items()
     ]
     formed = ranks["well_formed"]
-    rows.append(
+    rank_rows.append(
         ("Well-formed answers", _of(formed["reference"], lists), _of(formed["engine"], lists))
     )
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     threshold = verification["min_top1_agreement"]
     verdict = ""
     if threshold is not None:
         reached = "is reached" if verification["passed"] else "**is not reached**"
         verdict = f" The asked first-page agreement of {threshold:g} {reached}."
+    if not copy:
+        return (
+            f"{_table('original', [*token_rows, *rank_rows])}\n\n"
+            f"{lists} lists kept apart from calibration; {tokens['tokens']:,} tokens of the "
+            "original's own answers for the first three rows; rankings are each engine's own "
+            f"greedy answer.{verdict}"
+        )
+    name = reference_name(ranks["reference_by"])
     return (
-        f"| on held-out lists | original | this engine |\n| :-- | --: | --: |\n{table}\n\n"
-        f"{lists} lists kept apart from calibration; {tokens['tokens']:,} tokens of the original's "
-        "own answers for the first three rows; rankings are each engine's own greedy answer."
-        f"{verdict}"
+        f"{_table('original', token_rows)}\n\n"
+        f"{_table(name, rank_rows)}\n\n"
+        f"{lists} lists kept apart from calibration, answered by {name}, because the memory did "
+        "not hold the original itself while it wrote. The first table compares with the original "
+        f"on the {tokens['tokens']:,} tokens of those answers, the second with the rankings of "
+        f"the copy.{verdict}"
     )
+
+
+def _table(reference: str, rows: Sequence[tuple[str, str, str]]) -> str:
+    lines = [f"| on held-out lists | {reference} | this engine |", "| :-- | --: | --: |"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def _worst(document: Mapping[str, Any]) -> str:
@@ -168,7 +185,3 @@ def _of(share: float, count: int) -> str:
 
 def _or_dash(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -6,16 +6,13 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mmr5_export.progress import shown_progress
 from mmr5_export.source import DEFAULT_MODEL, MINI
-from mmr5_runtime.types import CheckpointError, Mmr5Error
-
-if TYPE_CHECKING:
-    from mmr5_export.assemble import Progress
+from mmr5_runtime.types import CheckpointError, ExportError, Mmr5Error
 
 # Exit statuses, in the order of the table in docs/export.md.
 OK, FAILED, USAGE, INCOMPATIBLE, TOO_SMALL, REJECTED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
@@ -23,20 +20,13 @@ _EXIT_STATUSES = """\
 exit status:
   0    done
   1    another error (the message says what to do)
-  2    wrong usage
-  3    incompatible input: no complete Qwen2.5-VL checkpoint, or one that is damaged
+  2    wrong usage: an option or a recipe that is unknown, out of range or contradicts another
+  3    incompatible input: no complete Qwen2.5-VL checkpoint, or a damaged one; calibration data
+       that is incomplete, damaged or too little
   4    memory or disk too small
   5    verification failed: the engine is kept aside as OUTPUT.rejected
   130  interrupted; a calibrated export goes on with --resume
 """
-_STAGES = {
-    "hash": "hashing the checkpoint",
-    "respond": "writing calibration answers",
-    "sensitivity": "measuring sensitivity",
-    "layer": "quantizing layers",
-    "write": "writing tensors",
-    "verify": "verifying",
-}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,7 +56,10 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--json", action="store_true", default=False, help="last line is JSON")
     made.add_argument(
-        "--dry-run", action="store_true", default=False, help="print plan and needs, write nothing"
+        "--dry-run",
+        action="store_true",
+        default=False,
+        help="print plan and needs; nothing is written, and a hub id not downloaded",
     )
     made.add_argument(
         "--force",
@@ -136,7 +129,9 @@ def _add_calibration(group: Any) -> None:
 
 def _add_verification(group: Any) -> None:
     group.add_argument(
-        "--no-verify", dest="verify", action="store_false", help="do not run the engine"
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        help="run the engine and compare it with its original (default), or do not",
     )
     group.add_argument("--held-out", type=int, help="samples to verify on (default: 32)")
     group.add_argument(
@@ -152,11 +147,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     A wrong usage leaves through argparse with status 2.
     """
-    given = vars(parser().parse_args(arguments))
+    command_line = parser()
+    given = vars(command_line.parse_args(arguments))
+    if "checkpoint_for" in given and "checkpoint_out" not in given:
+        command_line.error("--checkpoint-for says who reads --checkpoint-out, which is missing")
     command = {key: given.pop(key) for key in ("model", "quant", "output", "json", "dry_run")}
     try:
         if command.pop("dry_run"):
-            del command["json"]
             _describe(command, given)
         else:
             _export(command, given)
@@ -173,9 +170,11 @@ def _status(error: Mmr5Error) -> int:
     from mmr5_export.agreement import VerificationFailed
     from mmr5_export.estimate import ResourceError
     from mmr5_export.options import OptionError
+    from mmr5_export.samples import DataError
 
     kinds = {
         OptionError: USAGE,
+        DataError: INCOMPATIBLE,
         CheckpointError: INCOMPATIBLE,
         ResourceError: TOO_SMALL,
         VerificationFailed: REJECTED,
@@ -198,7 +197,7 @@ def _export(command: dict[str, Any], given: dict[str, Any]) -> None:
     from mmr5_export.verify import export_document, summary_lines
 
     started, output = time.perf_counter(), command["output"]
-    with _progress() as progress:
+    with shown_progress() as progress:
         manifest = export(
             command["model"], command["quant"], output, ExportOptions(**given), progress=progress
         )
@@ -214,52 +213,25 @@ def _export(command: dict[str, Any], given: dict[str, Any]) -> None:
 
 
 def _describe(command: dict[str, Any], given: dict[str, Any]) -> None:
+    from mmr5_export.job import prepare
     from mmr5_export.options import ExportOptions
-    from mmr5_export.pipeline import plan_export
-    from mmr5_export.workload import check, plan_lines
+    from mmr5_export.places import check_places
+    from mmr5_export.workload import check, plan_document, plan_lines, require
 
-    with _progress() as progress:
-        job, required = plan_export(**command, options=ExportOptions(**given), progress=progress)
+    model, quant, output = command["model"], command["quant"], command["output"]
+    options = ExportOptions(**given)
+    try:
+        check_places(model, output, options)
+        with shown_progress() as progress:
+            job = prepare(model, quant, output, options, progress, download=False)
+            required = require(job)
+    except OSError as error:
+        raise ExportError(f"{model} cannot be read ({error}); check the permissions.") from error
     for line in plan_lines(job, required):
         print(line)
+    if command["json"]:
+        print(json.dumps(plan_document(job, required)))
     check(job, required)  # last: the plan is worth seeing also where it does not fit
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """A rich progress bar on a terminal where rich is installed, nothing elsewhere."""
-
-    def silent(stage: str, done: int, total: int, note: str = "") -> None:
-        return None
-
-    if not sys.stderr.isatty():
-        yield silent
-        return
-    try:
-        from rich import progress as columns
-        from rich.console import Console
-    except ImportError:
-        yield silent
-        return
-    bar = columns.Progress(
-        columns.TextColumn("{task.description}"),
-        columns.BarColumn(),
-        columns.MofNCompleteColumn(),
-        columns.TimeElapsedColumn(),
-        columns.TimeRemainingColumn(),
-        columns.TextColumn("{task.fields[note]}"),
-        console=Console(stderr=True),
-        transient=True,
-    )
-    with bar:
-        tasks: dict[str, columns.TaskID] = {}
-
-        def show(stage: str, done: int, total: int, note: str = "") -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(_STAGES[stage], total=total, note=note)
-            bar.update(tasks[stage], completed=done, total=total, note=note)
-
-        yield show
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ answering   the whole model, to write the calibration answers (skipped when they
 embedding   vision tower and embedding table
 layer       one layer in the compute dtype and in fp32, the statistics of its inputs, and GPTQ's
             working copies of the largest linear and of its Hessian
-verifying   the engine itself
+verifying   the engine, the original's head, and the logits of both along one answer
 =========== ====================================================================================
+
+On a GPU every stage is counted twice: what lies there, and what main memory holds meanwhile.
 
 Times come from the speed of one matrix product and one copy on the device, measured on the spot.
 They are right to a factor, not to a minute, and say so.
@@ -17,24 +19,28 @@ They are right to a factor, not to a minute, and say so.
 
 from __future__ import annotations
 
-import os
-import shutil
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
 import torch
 
 from mmr5_export.layer_pass import GROUPS, group_linears
-from mmr5_runtime.spec import ModelSpec, decoder_linear_shapes, tensor_shapes
+from mmr5_export.machine import Speed, available_memory, free_disk, main_memory
+from mmr5_export.mixed import layer_groups
+from mmr5_kernels.layout import Format
+from mmr5_runtime.spec import ModelSpec, decoder_linear_shapes, linear_shapes, tensor_shapes
 from mmr5_runtime.types import ExportError
 
 _OVERHEAD = 512 << 20  # interpreter, torch, one sample's activations at small sizes
+_CUDA_OVERHEAD = 2 << 30  # what torch's CUDA libraries take of main memory
+_SOURCE_BYTES = 4  # of a value in a checkpoint, at most
 _ACTIVATION_COPIES = 6  # of [T, widest] that are alive inside one layer
-_GPTQ_HESSIANS = 3  # the statistics, the damped working copy, and one more while permuting
+_GPTQ_HESSIANS = 3  # the statistics, the damped working copy, and one for a GPU's factorization
 _GPTQ_WEIGHTS = 5  # fp32 weight, working weight, codes and the error of a block, of one linear
+_LOGITS = 3  # [R, V] fp32: the engine's, the original's, and one being put together
+_SCORES = 3  # [H, T, T] fp32 of attention that no fused kernel computes: scores, mask, weights
 
 
 class ResourceError(ExportError):
@@ -45,14 +51,15 @@ class ResourceError(ExportError):
 class Workload:
     """How much there is to run: prompts and their tokens (answers included), and answer tokens.
 
-    ``longest`` is the longest prompt with its answer. ``to_answer`` answer tokens are still to be
-    decoded. ``gptq`` and ``awq`` say whether any linear uses the method, ``verify`` whether the
-    engine is run at the end.
+    ``longest`` is the longest prompt with the longest answer it can get, ``answer`` the longest
+    answer. ``to_answer`` answer tokens are still to be decoded. ``gptq`` and ``awq`` say whether
+    any linear uses the method, ``verify`` whether the engine is run at the end.
     """
 
     prompts: int
     tokens: int
     longest: int
+    answer: int
     to_answer: int
     gptq: bool
     awq: bool
@@ -60,30 +67,44 @@ class Workload:
 
 
 @dataclass(frozen=True)
+class Loaded:
+    """A model in memory: bytes of its tensors there, and formats by linear."""
+
+    bytes: int
+    formats: Mapping[str, Format]
+
+
+@dataclass(frozen=True)
 class Needs:
-    """Peak bytes by stage, bytes on disk beside the engine while working, and rough seconds."""
+    """Peak bytes by stage, bytes on disk beside the engine while working, and rough seconds.
+
+    ``memory`` is that of the device, ``host`` main memory beside a GPU (empty on a CPU, whose
+    memory it is).
+    """
 
     memory: Mapping[str, int]
     spill_bytes: int
     seconds: float
+    host: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def peak(self) -> int:
-        return max(self.memory.values())
+        return max(self.memory.values(), default=0)
 
 
 def estimate(
     spec: ModelSpec,
     work: Workload,
-    engine_bytes: int,
-    answering_bytes: int,
+    engine: Loaded,
+    answering: Loaded,
     dtype: torch.dtype,
     device: torch.device,
+    speed: Speed,
 ) -> Needs:
     """What the export of a model needs on ``device`` when it computes in ``dtype``.
 
-    ``engine_bytes`` is what the engine takes when it is loaded, ``answering_bytes`` the model that
-    writes the answers. Measures the device for about half a second.
+    ``engine`` is what it makes, ``answering`` the model that writes answers (without tensors where
+    there are none to write).
     """
     size, text = dtype.itemsize, spec.text
     shapes = tensor_shapes(spec)
@@ -93,22 +114,45 @@ def estimate(
     linears = {n: s for n, s in decoder_linear_shapes(spec).items() if ".layers.0." in n}
     columns = [linears[group_linears(0, group)[0]][1] for group in GROUPS]
     widest = max(max(s) for s in linears.values())
-    hessians = 4 * sum(k * k for k in columns)
+    hessians = 4 * sum(k * k for k in columns) * (2 if work.awq else 1)  # before and after scaling
     working = 4 * (_GPTQ_HESSIANS - 1) * max(columns) ** 2 + 4 * _GPTQ_WEIGHTS * max(
         prod(s) for s in linears.values()
     )
     activations = _ACTIVATION_COPIES * work.longest * widest * 4
+    if device.type == "cuda" and dtype == torch.float32:
+        # Grouped queries have a fused kernel there in 16 bits only.
+        activations += _SCORES * 4 * text.num_heads * work.longest**2
     cache = 2 * work.longest * text.num_layers * text.kv_size * size
     largest = max(prod(shape) for shape in shapes.values())
-    memory = {"writing": 2 * 2 * largest + _OVERHEAD}
+    # Patches of all pages of a list, [P, patch_dim] fp32; a token is a square of patches.
+    pixels = work.longest * spec.vision.spatial_merge_size**2 * spec.vision.patch_dim * 4
+    running = activations + _OVERHEAD
+
+    def kernels(model: Loaded) -> int:
+        return max(_kernel_bytes(spec, model.formats, work, dtype, device), default=0)
+
+    writing = {"writing": 2 * 2 * largest + _OVERHEAD}
+    memory: dict[str, int] = {}
     if work.verify:
-        memory["verifying"] = engine_bytes + cache + activations + _OVERHEAD
-        memory["verifying"] += table * size  # the original's head, to compare with
+        logits = _LOGITS * 4 * work.answer * text.vocab_size
+        memory["verifying"] = engine.bytes + kernels(engine) + cache + running
+        memory["verifying"] += table * size + logits  # the original's head, and what it gives
     if work.prompts:
-        memory["embedding"] = (vision + table) * size + activations + _OVERHEAD
-        memory["layer"] = layer * (size + 4) + hessians + working + activations + _OVERHEAD
+        memory["embedding"] = (vision + table) * size + running
+        fitting = max(hessians + working, kernels(engine))
+        memory["layer"] = layer * (size + 4) + fitting + running
     if work.to_answer:
-        memory["answering"] = answering_bytes + cache + activations + _OVERHEAD
+        memory["answering"] = answering.bytes + kernels(answering) + cache + running
+    host: dict[str, int] = {}
+    if device.type == "cuda":
+        streamed = largest * (_SOURCE_BYTES + size) + pixels + _CUDA_OVERHEAD
+        host = {stage: streamed for stage in memory}
+        if "layer" in host:  # the layer as it was, what was made of it, and one sample
+            host["layer"] = layer * (_SOURCE_BYTES + 2) + _CUDA_OVERHEAD
+            host["layer"] += 2 * work.longest * text.hidden_size * size
+        host |= writing
+    else:
+        memory = {stage: needed + pixels for stage, needed in memory.items()} | writing
     flops = 2 * 2 * work.tokens * layer * text.num_layers  # observed once, passed on once
     flops += 2 * work.tokens * sum(k * k for k in columns) * text.num_layers
     if work.gptq:
@@ -116,95 +160,94 @@ def estimate(
         flops += int(each) * text.num_layers
     if work.awq:
         flops += 20 * 2 * sum(n * k * k for n, k in linears.values()) * text.num_layers
-    flops_per_second, bytes_per_second = _speed(dtype, device)
-    seconds = flops / flops_per_second + work.to_answer * answering_bytes / bytes_per_second
+    seconds = flops / speed.flops + work.to_answer * answering.bytes / speed.bytes
     if work.to_answer:
-        seconds += 2 * work.tokens * layer * text.num_layers / flops_per_second
-    return Needs(memory, 2 * work.tokens * text.hidden_size * size, seconds)
+        seconds += 2 * work.tokens * layer * text.num_layers / speed.flops
+    return Needs(memory, 2 * work.tokens * text.hidden_size * size, seconds, host)
 
 
-def available_memory(device: torch.device) -> int | None:
-    """Free bytes on ``device``; None where the system does not tell."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + _reclaimable()
-    except (ValueError, OSError):
-        return None
+def _kernel_bytes(
+    spec: ModelSpec,
+    formats: Mapping[str, Format],
+    work: Workload,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Iterator[int]:
+    """Temporaries of every quantized product; CPU kernels work in blocks of rows and have none.
+
+    CUDA takes the reference's way: it widens a whole weight, for W8A8 the activations and results
+    as well, int8 to fp64 and fp8 to fp32 (see :mod:`mmr5_kernels.reference`).
+    """
+    if device.type != "cuda":
+        return
+    shapes = linear_shapes(spec, formats)
+    fused = [*layer_groups(spec).values()]
+    alone = [(name,) for name in formats if not name.startswith("model.layers.")]
+    for linears in (*fused, *alone):
+        format = formats.get(linears[0])
+        if format is None:
+            continue
+        rows, columns = sum(shapes[name][0] for name in linears), shapes[linears[0]][1]
+        tokens = work.longest
+        if linears[0] == "lm_head":
+            tokens = work.answer
+        elif linears[0].startswith("visual."):
+            # A list has two pages or more, and a token is made of several patches.
+            tokens = tokens * spec.vision.spatial_merge_size**2 // 2
+        if format.activations is None:
+            yield rows * columns * (4 + dtype.itemsize)
+        else:
+            wide = 8 if format.activations == "int8" else 4
+            yield wide * (rows * columns + tokens * columns) + (wide + 8) * tokens * rows
 
 
-def check_memory(needs: Needs, device: torch.device, available: int | None = None) -> None:
+def check_memory(
+    needs: Needs, device: torch.device, available: int | None = None, host: int | None = None
+) -> None:
     """Raises :class:`ResourceError` naming the stage that does not fit on ``device``.
 
-    ``available`` replaces the free bytes found.
+    Beside a GPU main memory is checked as well. ``available`` and ``host`` replace the free bytes
+    found on the device and in main memory.
     """
     available = available_memory(device) if available is None else available
-    if available is None or needs.peak <= available:
+    _check_stages(needs.memory, available, f"on {device}")
+    if needs.host:
+        _check_stages(needs.host, main_memory() if host is None else host, "of main memory")
+
+
+def _check_stages(stages: Mapping[str, int], available: int | None, where: str) -> None:
+    if not stages:
         return
-    stage = max(needs.memory, key=lambda name: needs.memory[name])
+    stage = max(stages, key=lambda name: stages[name])
+    if available is None or stages[stage] <= available:
+        return
     remedies = {
         "answering": "give the answers in the calibration data, or use a larger device",
-        "verifying": "pass --no-verify, or use a larger device",
+        "verifying": "pass --no-verify or a smaller --max-new-tokens, or use a larger device",
         "writing": "free some memory, or use a larger machine",
     }
     remedy = remedies.get(stage, "pass fewer or smaller pages, or use a larger device")
     raise ResourceError(
-        f"the {stage} stage needs about {needs.memory[stage] / 1e9:.1f} GB on {device} but "
-        f"{available / 1e9:.1f} GB are free; {remedy}."
+        f"the {stage} stage needs about {gigabytes(stages[stage])} {where} but "
+        f"{gigabytes(available)} are free there; {remedy}."
     )
 
 
-def check_disk(folder: Path, needed: int, free: int | None = None) -> None:
+def check_disk(
+    folder: Path, needed: int, free: int | None = None, option: str = "--output"
+) -> None:
     """Raises :class:`ResourceError` unless ``needed`` bytes fit on the disk of ``folder``.
 
-    ``free`` replaces the free bytes found.
+    ``free`` replaces the free bytes found; ``option`` is what chooses the folder.
     """
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(there).free if free is None else free
+    free = free_disk(folder) if free is None else free
     if free < needed:
         raise ResourceError(
             f"the export needs {gigabytes(needed)} but the disk of {folder} has "
-            f"{gigabytes(free)} free; make room or choose another --output."
+            f"{gigabytes(free)} free; make room or choose another {option}."
         )
 
 
 def gigabytes(size: int) -> str:
     """A size for people: GB, or MB when small."""
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
-
-
-def _reclaimable() -> int:
-    """Bytes of page cache the system would give back, which "available pages" leaves out."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        found = dict(line.split(":", 1) for line in lines)
-        kilobytes = {key: int(found[key].split()[0]) for key in ("MemAvailable", "MemFree")}
-    except (OSError, KeyError, ValueError):
-        return 0
-    return max(0, kilobytes["MemAvailable"] - kilobytes["MemFree"]) << 10
-
-
-def _speed(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
-    """Multiply-adds (as two operations) and bytes copied per second."""
-    side = 4096 if device.type == "cuda" else 768
-    square = torch.ones(side, side, dtype=dtype, device=device)
-    product = _timed(lambda: square @ square, device)
-    large = torch.ones(
-        (256 if device.type == "cuda" else 64) << 20, dtype=torch.int8, device=device
-    )
-    copy = _timed(lambda: large.clone(), device)
-    return 2 * side**3 / product, 2 * large.nbytes / copy
-
-
-def _timed(run: Callable[[], object], device: torch.device) -> float:
-    best = float("inf")
-    for _ in range(4):  # the first one warms up, and is never the best
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        started = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return best

@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from mmr5_export.agreement import (
+    ORIGINAL,
     RankedSample,
     Ranking,
     RankMetrics,
     TokenMetrics,
-    VerificationFailed,
     compare,
 )
 from mmr5_runtime.answer import parse_answer
@@ -36,19 +36,6 @@ from mmr5_runtime.planning import plan_context
 from mmr5_runtime.rope import Grid, mrope_positions
 from mmr5_runtime.sampler import Sampler, SamplingParams
 from mmr5_runtime.types import StopReason
-
-__all__ = [
-    "Answer",
-    "Evaluation",
-    "HeldOut",
-    "Question",
-    "Reading",
-    "VerificationFailed",
-    "encode_pages",
-    "engine_logits",
-    "evaluate_engine",
-    "prepare",
-]
 
 _MATCHING = 2  # tokens that must agree before a proposal is made
 
@@ -63,7 +50,7 @@ class Question:
     max_new_tokens: int
 
 
-def prepare(
+def read_question(
     loaded: LoadedEngine, query: str, pages: Sequence[Page], max_new_tokens: int
 ) -> Question:
     """Opens, checks and resizes pages as ``Reranker.rerank`` does, with the same errors."""
@@ -219,27 +206,14 @@ def _proposal(chosen: Sequence[int], response: Sequence[int]) -> list[int]:
     return list(response[place : place + MAX_DECODE_TOKENS - 1])
 
 
-def engine_logits(
-    loaded: LoadedEngine,
-    token_ids: Sequence[int],
-    grids: Sequence[Grid],
-    embeddings: Sequence[Tensor],
-    response: Sequence[int],
-) -> Tensor:
-    """fp32 logits [R, V] of an engine at the R tokens of ``response`` after a prompt.
-
-    ``token_ids`` of the prompt alone; ``embeddings`` and ``grids`` one per page, in order.
-    """
-    question = Question(token_ids, (), grids, len(response))
-    return Reading(loaded, question, embeddings).logits(response)
-
-
 @dataclass(frozen=True)
 class HeldOut:
     """One question with what the original made of it.
 
     ``response`` holds the original's R token ids, the end token included where it came;
-    ``reference_logits`` is called once and returns its logits [R, V] along them.
+    ``reference_logits`` is called once and returns its logits [R, V] along them. ``reference_by``
+    is the format of the model that wrote ``response`` and ``reference``, which can be a copy of
+    the original where that is too large to generate.
     """
 
     name: str
@@ -248,6 +222,7 @@ class HeldOut:
     reference_logits: Callable[[], Tensor]
     reference: Ranking
     relevant: tuple[int, ...] | None = None
+    reference_by: str = ORIGINAL
 
 
 @dataclass(frozen=True)
@@ -276,6 +251,8 @@ def evaluate_engine(
         logits, answer = reading.follow(response)
         targets = torch.tensor(response)
         sums.append(compare(sample.reference_logits(), logits, targets, sample.name))
-        ranked.append(RankedSample(sample.reference, answer.ranking, sample.relevant))
+        ranked.append(
+            RankedSample(sample.reference, answer.ranking, sample.relevant, sample.reference_by)
+        )
         progress(len(sums))
     return Evaluation(TokenMetrics(tuple(sums)), RankMetrics(tuple(ranked)))

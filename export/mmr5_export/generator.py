@@ -22,10 +22,10 @@ from mmr5_runtime.image import PixelBudget
 from mmr5_runtime.loading import LoadedEngine, resolve_device, resolve_dtype
 from mmr5_runtime.model import Model
 from mmr5_runtime.prompt import PromptTokenizer, template_sha256
+from mmr5_runtime.reranker import DEFAULT_MAX_NEW_TOKENS
 from mmr5_runtime.spec import ModelSpec, decoder_linear_shapes, linear_shapes
 from mmr5_runtime.types import ExportError
 
-DEFAULT_MAX_NEW_TOKENS = 2048
 QUANTS = ("bf16", "int8-weight-only")
 
 

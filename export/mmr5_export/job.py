@@ -13,20 +13,27 @@ import torch
 
 from mmr5_export.assemble import Progress
 from mmr5_export.checkpoint import Checkpoint, open_checkpoint
-from mmr5_export.generator import weights_sha256
+from mmr5_export.finite import require_finite
+from mmr5_export.generator import Generator, weights_sha256
 from mmr5_export.hf_checkpoint import check_target
-from mmr5_export.options import ExportOptions
+from mmr5_export.options import ExportOptions, OptionError
 from mmr5_export.plan import Plan, make_plan
 from mmr5_export.prequantized import QuantizedCheckpoint, is_quantized, open_quantized
-from mmr5_export.processor import image_settings, pixel_budget, read_processor
-from mmr5_export.recipe import ROUNDING, Recipe, load_recipe
+from mmr5_export.processor import image_settings, read_processor
+from mmr5_export.recipe import ROUNDING, Recipe
+from mmr5_export.resolve import (
+    refuse_requantizing,
+    refuse_threshold,
+    resolve_pixels,
+    resolve_place,
+    resolve_recipe,
+)
 from mmr5_export.samples import Sample, choose, read_samples, samples_sha256, shipped_set
 from mmr5_export.source import MINI, Location, locate
 from mmr5_runtime.artifact import ImageSettings, PixelRange, file_sha256, tool_versions
 from mmr5_runtime.image import PixelBudget
-from mmr5_runtime.loading import resolve_device, resolve_dtype
 from mmr5_runtime.prompt import PromptTokenizer, template_sha256
-from mmr5_runtime.spec import ModelSpec
+from mmr5_runtime.spec import ModelSpec, tensor_shapes
 from mmr5_runtime.types import CheckpointError, EngineError, ExportError
 
 DEFAULT_QUANT = "int4"
@@ -116,6 +123,19 @@ class Job:
         names = self.checkpoint.weight_files
         return weights_sha256({name: self.hashes[name] for name in names})
 
+    def generator(self, quant: str) -> Generator:
+        """What writes answers with these weights in bf16 or as ``quant``."""
+        assert isinstance(self.checkpoint, Checkpoint)
+        return Generator(
+            checkpoint=self.checkpoint,
+            weights_sha256=self.weights_sha256,
+            budget=self.pixel_budget,
+            device=str(self.device),
+            dtype=str(self.dtype).removeprefix("torch."),
+            quant=quant,
+            max_new_tokens=self.options.max_new_tokens,
+        )
+
     def identity(self) -> dict[str, Any]:
         """All that the result depends on."""
         options = {
@@ -139,9 +159,9 @@ class Job:
     @property
     def environment(self) -> dict[str, Any]:
         """What the export runs on, as far as it can change the last bit of a result."""
-        versions = tool_versions()
+        versions = tool_versions() | {name: _version(name) for name in _LIBRARIES}
         if any("gptq" in method for method in self.methods().values()):
-            versions |= {name: _version(name) for name in ("llmcompressor", "compressed-tensors")}
+            versions |= {name: _version(name) for name in _GPTQ_LIBRARIES}
         gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
         capability = torch.backends.cpu.get_cpu_capability()
         return {
@@ -152,6 +172,9 @@ class Job:
         }
 
 
+# Beside torch: what turns pages into pixels and text into tokens, and what solves GPTQ.
+_LIBRARIES = ("numpy", "pillow", "tokenizers")
+_GPTQ_LIBRARIES = ("llmcompressor", "compressed-tensors", "transformers")
 _NOT_IDENTIFYING = {
     "calib_data",  # its content is, under samples
     "response_cache",
@@ -170,17 +193,26 @@ def prepare(
     output: Path,
     options: ExportOptions,
     progress: Progress,
+    *,
+    download: bool = True,
 ) -> Job:
-    """Finds and checks everything; nothing is written. See :func:`mmr5_export.pipeline.export`."""
-    location = locate(str(model), options.revision)
+    """Finds and checks everything; nothing is written. See :func:`mmr5_export.pipeline.export`.
+
+    Without ``download`` a hub id has to be in the hub's cache already.
+    """
+    if options.checkpoint_out is None and options.checkpoint_for != ExportOptions.checkpoint_for:
+        raise OptionError(
+            "--checkpoint-for is about the folder of --checkpoint-out; give both or neither."
+        )
+    location = locate(str(model), options.revision, download=download)
     already = is_quantized(location.folder)
     checkpoint = open_quantized(location.folder) if already else open_checkpoint(location.folder)
-    recipe = None if already else _recipe(quant or DEFAULT_QUANT, options)
+    recipe = None if already else resolve_recipe(quant or DEFAULT_QUANT, options)
     if already:
-        _refuse_requantizing(location, quant, options)
+        refuse_requantizing(location.name, quant, options)
     processor = read_processor(location.folder)
     _check_tokenizer(checkpoint)
-    device = resolve_device(options.device)
+    device, dtype = resolve_place(options)
     names = (*_REQUIRED, *_OPTIONAL)
     copied = tuple(path for name in names if (path := location.folder / name).is_file())
     job = Job(
@@ -191,26 +223,36 @@ def prepare(
         quant_asked=quant,
         recipe=recipe,
         image=image_settings(processor, checkpoint.spec.vision),
-        budget=pixel_budget(processor, options.min_pixels, options.max_pixels),
+        budget=resolve_pixels(processor, options),
         copied=copied,
         hashes={},
         calibration=(),
         held_out=(),
         unverified=None,
         device=device,
-        dtype=resolve_dtype(options.dtype, device),
+        dtype=dtype,
     )
     formats = job.plan().formats  # its errors come before the long reading of every file
     if options.checkpoint_out is not None:
         decoder = {name: kind for name, kind in formats.items() if ".layers." in name}
-        check_target(decoder, options.checkpoint_for)
-        if options.checkpoint_out.exists() and not (options.force or options.resume):
-            raise ExportError(
-                f"{options.checkpoint_out} exists already; choose another --checkpoint-out or pass "
-                "--force."
-            )
+        try:
+            check_target(decoder, options.checkpoint_for)
+        except ExportError as error:
+            raise OptionError(str(error)) from error
     job = replace(job, hashes=_hash_files(checkpoint, copied, progress))
-    return _with_samples(job)
+    job = _with_samples(job)
+    if job.samples:
+        _require_finite(checkpoint, progress)
+    return job
+
+
+def _require_finite(checkpoint: Checkpoint | QuantizedCheckpoint, progress: Progress) -> None:
+    """Looks at every tensor before the model answers anything with them: NaN would answer too."""
+    names = list(tensor_shapes(checkpoint.spec))
+    for done, name in enumerate(names):
+        progress("check", done, len(names))
+        require_finite(name, checkpoint.read(name))
+    progress("check", len(names), len(names))
 
 
 def _hash_files(
@@ -244,44 +286,6 @@ def _check_tokenizer(checkpoint: Checkpoint | QuantizedCheckpoint) -> None:
         )
 
 
-def _recipe(quant: str, options: ExportOptions) -> Recipe:
-    """The recipe with what the options replace."""
-    recipe = load_recipe(quant)
-    given: dict[str, Any] = {
-        "default_method": options.method,
-        "group_size": options.group_size,
-        "symmetric": options.symmetric,
-        "lm_head": options.lm_head,
-        "vision": options.quantize_vision,
-        "damp": options.damp,
-    }
-    recipe = replace(recipe, **{key: value for key, value in given.items() if value is not None})
-    if options.bits is None:
-        return recipe
-    if recipe.mixed is None:
-        raise ExportError(
-            f"--bits is a budget for mixed recipes but {recipe.name} is none; use --quant "
-            "int4-mixed or leave it out."
-        )
-    return replace(recipe, mixed=replace(recipe.mixed, bits_per_weight=options.bits))
-
-
-def _refuse_requantizing(location: Location, quant: str | None, options: ExportOptions) -> None:
-    asked = {
-        "--quant": quant,
-        "--method": options.method,
-        "--group-size": options.group_size,
-        "--lm-head": options.lm_head,
-        "--quantize-vision": options.quantize_vision,
-    }
-    given = [flag for flag, value in asked.items() if value is not None]
-    if given:
-        raise ExportError(
-            f"{location.name} is quantized already and is taken over as it is; leave out "
-            f"{' and '.join(given)}, or export from the original bf16 checkpoint."
-        )
-
-
 def _with_samples(job: Job) -> Job:
     """Draws the samples the job needs, or says why there is nothing to verify."""
     if job.recipe is None:
@@ -293,26 +297,25 @@ def _with_samples(job: Job) -> Job:
         job = replace(job, unverified="nothing is quantized")
     elif not job.options.verify:
         job = replace(job, unverified="--no-verify")
+    refuse_threshold(job.options, job.unverified)
     if job.unverified and not calibrated:
         return job
     source = job.options.calib_data or (shipped_set() if job.location.name == MINI else None)
     if source is None:
         purpose = f"{' and '.join(sorted(methods))} calibration" if calibrated else "verification"
         way_out = "--method rtn --no-verify" if calibrated else "--no-verify"
-        raise ExportError(
+        raise OptionError(
             f"{purpose} needs questions with pages; pass --calib-data FILE.jsonl (query, pages), "
             f"or do without: {way_out}."
         )
     options = job.options
     calibration, held_out = choose(
         read_samples(source, job.weights_sha256),
-        options.calib_samples if calibrated else 1,
+        options.calib_samples if calibrated else 0,
         0 if job.unverified else options.held_out,
         options.seed,
     )
-    return replace(
-        job, calibration=tuple(calibration if calibrated else ()), held_out=tuple(held_out)
-    )
+    return replace(job, calibration=tuple(calibration), held_out=tuple(held_out))
 
 
 def _version(package: str) -> str:

@@ -12,6 +12,9 @@ The work folder lies beside the output, under a name that readers refuse::
 A step counts as done when its line is in the journal, and the line is written after everything it
 speaks of is on the disk. What a killed step left is overwritten by the next attempt. Every step is
 a function of the job and of the steps before, so the result does not depend on interruptions.
+
+A folder without job.json holds nothing to go on from: that file is the last one a new export
+brings to the disk before its first step, and the first one that goes when the export is over.
 """
 
 from __future__ import annotations
@@ -26,19 +29,27 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from mmr5_export.changes import changes
+from mmr5_export.write import save_tensors, sync
 from mmr5_runtime.artifact import file_sha256, work_name
-from mmr5_runtime.types import ExportError
+from mmr5_runtime.types import CheckpointError, ExportError
 
 _JOB, _JOURNAL, _LOCK, _STEPS = "job.json", "journal.jsonl", "lock", "steps"
+_NAMED = 4  # differences between two jobs that a message spells out
 
 
 def work_folder(output: Path) -> Path:
     """Where the export of ``output`` works."""
     output = output.absolute()
     return output.with_name(work_name(output.name))
+
+
+def resumable(folder: Path) -> bool:
+    """Whether a work folder holds an export to go on with."""
+    return (folder / _JOB).is_file()
 
 
 class Journal:
@@ -56,6 +67,11 @@ class Journal:
         """What was recorded with a finished step."""
         return self._steps[step]["result"]
 
+    def hidden(self, step: str) -> dict[str, list[str]]:
+        """sha256 of the hidden states that a finished step wrote, by stage."""
+        hashes: dict[str, list[str]] = self._steps[step].get("hidden", {})
+        return hashes
+
     def tensors(self, step: str) -> dict[str, Tensor]:
         """The tensors of a finished step.
 
@@ -71,34 +87,59 @@ class Journal:
                 f"{path} cannot be read back ({error}); start the export over with --force."
             ) from error
 
-    def finish(self, step: str, result: Any, tensors: Mapping[str, Tensor] | None = None) -> None:
-        """Brings the tensors of a step to the disk, then its line."""
+    def finish(
+        self,
+        step: str,
+        result: Any,
+        tensors: Mapping[str, Tensor] | None = None,
+        hidden: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        """Brings the tensors of a step to the disk, then its line.
+
+        ``hidden`` are the sha256 of states that are there already, by stage. Raises ``OSError``
+        when the disk refuses; the step is then not finished.
+        """
         line: dict[str, Any] = {"step": step, "result": result}
+        if hidden is not None:
+            line["hidden"] = dict(hidden)
         if tensors is not None:
             path = self._file(step)
             path.parent.mkdir(exist_ok=True)
-            save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
-            _sync(path)
-            line["sha256"] = file_sha256(path)
+            line["sha256"] = save_tensors(path, tensors)
+            sync(path.parent)
         text = json.dumps(line, allow_nan=False)
         with (self.folder / _JOURNAL).open("a", encoding="utf-8") as file:
             file.write(text + "\n")
             file.flush()
             os.fsync(file.fileno())
+        sync(self.folder)
         # As it reads back: a resumed export must not see a tuple where the first run saw a list.
         self._steps[step] = json.loads(text)
 
     def read(self) -> None:
-        """Takes over the lines on disk; a torn last one is dropped, in the file too."""
+        """Takes over the lines on disk; a torn last one is dropped, in the file too.
+
+        Nothing else is ever rewritten: a kill in here costs nothing either. Raises
+        :class:`ExportError` for a whole line that cannot be read.
+        """
         path = self.folder / _JOURNAL
-        whole = b""
-        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
-            if not line.endswith(b"\n"):
-                break
-            entry = json.loads(line)
-            self._steps[entry["step"]] = entry
-            whole += line
-        path.write_bytes(whole)
+        if not path.exists():
+            return
+        content = path.read_bytes()
+        *lines, torn = content.split(b"\n")
+        for number, line in enumerate(lines, start=1):
+            try:
+                entry = json.loads(line)
+                _ = entry["result"]
+                self._steps[entry["step"]] = entry
+            except (ValueError, KeyError, TypeError) as error:
+                raise ExportError(
+                    f"line {number} of {path} is damaged ({error!r}); start the export over with "
+                    "--force."
+                ) from error
+        if torn:
+            os.truncate(path, len(content) - len(torn))
+            sync(path)
 
     def _file(self, step: str) -> Path:
         return self.folder / _STEPS / f"{step}.safetensors"
@@ -111,11 +152,12 @@ def open_journal(
     """The journal of ``folder`` for ``job``, whose values ``json`` can write.
 
     ``resume`` goes on with an export that was cut off, if it had the same job; ``discard`` throws
-    it away. The folder is removed when the block succeeds, or fails before its first step; else it
-    stays for ``resume``.
+    it away. The folder is removed when the block succeeds, fails before its first step, or fails
+    for its checkpoint, which no second attempt mends; else it stays for ``resume``.
 
     Raises :class:`ExportError` when another process works there, when there is something to resume
-    and neither was asked for, and when the job changed (naming what).
+    and neither was asked for, when the job changed (naming what), and when what is there is
+    damaged.
     """
     job = json.loads(json.dumps(job))
     if folder.is_dir() and discard and not resume:
@@ -124,24 +166,29 @@ def open_journal(
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         journal = Journal(folder)
-        path = folder / _JOB
-        if path.exists():
+        if resumable(folder):
             _check_job(folder, job, resume)
             journal.read()
         else:
             _clear(folder)
-            unfinished = path.with_suffix(".unfinished")
-            unfinished.write_text(json.dumps(job, indent=1, sort_keys=True), encoding="utf-8")
-            unfinished.rename(path)
+            _write_job(folder, job)
         try:
             yield journal
-        except BaseException:
-            if not journal._steps:
+        except BaseException as error:
+            if not journal._steps or isinstance(error, CheckpointError):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-        # In this order a kill in between leaves a journal that says all is done, or nearly nothing.
+        # A kill before the job goes leaves a journal that says how the export ended.
         _clear(folder, first=(_STEPS, "hidden", "engine", _JOB))
         shutil.rmtree(folder)
+
+
+def _write_job(folder: Path, job: Mapping[str, Any]) -> None:
+    unfinished = folder / f"{_JOB}.unfinished"
+    unfinished.write_text(json.dumps(job, indent=1, sort_keys=True), encoding="utf-8")
+    sync(unfinished)
+    unfinished.rename(folder / _JOB)
+    sync(folder)
 
 
 def _check_job(folder: Path, job: Mapping[str, Any], resume: bool) -> None:
@@ -150,15 +197,21 @@ def _check_job(folder: Path, job: Mapping[str, Any], resume: bool) -> None:
             f"{folder} holds an export that was cut off; go on with --resume or start over with "
             "--force."
         )
-    before = json.loads((folder / _JOB).read_text(encoding="utf-8"))
-    keys = sorted(before.keys() | job.keys())
-    changed = [key for key in keys if before.get(key) != job.get(key)]
-    if changed:
-        was = "; ".join(f"{key} was {_brief(before.get(key))}" for key in changed[:3])
+    path = folder / _JOB
+    try:
+        before = json.loads(path.read_bytes())
+        if not isinstance(before, dict):
+            raise ValueError("no JSON object")
+    except ValueError as error:
         raise ExportError(
-            f"{folder} cannot be resumed because {was} and is now "
-            f"{', '.join(_brief(job.get(key)) for key in changed[:3])}; repeat the command as it "
-            "was or start over with --force."
+            f"{path} is damaged ({error}); start the export over with --force."
+        ) from error
+    changed = list(changes(before, job))
+    if changed:
+        more = f", and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
+        raise ExportError(
+            f"{folder} cannot be resumed because {', '.join(changed[:_NAMED])}{more}; repeat the "
+            "command as it was or start over with --force."
         )
 
 
@@ -174,20 +227,10 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _clear(folder: Path, first: Sequence[str] = ()) -> None:
+def _clear(folder: Path, first: Sequence[str] = (_JOB,)) -> None:
     """Empties a work folder, all but the lock that is held on it; some things before others."""
     for path in (*(folder / name for name in first), *folder.iterdir()):
         if path.is_dir():
             shutil.rmtree(path)
         elif path.name != _LOCK:
             path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

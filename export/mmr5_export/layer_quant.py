@@ -7,13 +7,15 @@ quantized, in fp32 and never rounded in between.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
 
-from mmr5_export.gptq import gptq, rtn_error
+from mmr5_export.finite import is_finite
+from mmr5_export.gptq import gptq, require_finite_problem, rtn_error
 from mmr5_export.layer_pass import GROUPS, InputStats, group_linears
 from mmr5_export.quantize import encode, quantize_linear, scale_search
 from mmr5_export.smoothing import (
@@ -27,6 +29,7 @@ from mmr5_export.smoothing import (
 from mmr5_kernels.layout import Format
 from mmr5_kernels.reference import dequantize, sqnr_db
 from mmr5_runtime.spec import ModelSpec
+from mmr5_runtime.types import CheckpointError
 
 # What feeds each group: a norm, or the rows of a linear.
 _NORMS = {"qkv": "input_layernorm", "gate_up": "post_attention_layernorm"}
@@ -50,7 +53,10 @@ class LinearReport:
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """``tensors``: by full name, the quantized parts and every dense tensor that changed."""
+    """``tensors``: by full name, the quantized parts and every dense tensor that changed.
+
+    All of them are on the CPU.
+    """
 
     tensors: Mapping[str, Tensor]
     report: Mapping[str, LinearReport]
@@ -68,9 +74,12 @@ def quantize_layer(
     """Quantizes layer ``index``.
 
     ``dense`` holds its tensors by canonical name; ``formats`` and ``methods`` ("rtn", "rtn-mse",
-    "gptq", "awq", "smoothquant+gptq") are by linear. Raises :class:`CheckpointError` naming a
-    linear whose statistics are not finite or whose Hessian cannot be made positive definite.
+    "gptq", "awq", "smoothquant+gptq") are by linear. Raises :class:`CheckpointError` naming the
+    linears whose statistics are not finite, whose outputs are too large to be compared, or whose
+    Hessian cannot be made positive definite.
     """
+    for group in GROUPS:
+        _require_finite_inputs(group_linears(index, group), stats[group])
     layer = _Layer(spec, index, dense, stats)
     for group in GROUPS:
         linears = group_linears(index, group)
@@ -92,8 +101,19 @@ def quantize_layer(
                 continue
             weight, hessian = layer.weights[name], layer.hessians[group]
             parts, report[name] = _quantize(name, weight, hessian, format, methods[name], damp)
-            tensors |= {f"{name}.{suffix}": part.cpu() for suffix, part in parts.items()}
-    return QuantizedLayer(tensors, report)
+            tensors |= {f"{name}.{suffix}": part for suffix, part in parts.items()}
+    return QuantizedLayer({name: tensor.cpu() for name, tensor in tensors.items()}, report)
+
+
+def _require_finite_inputs(linears: Sequence[str], stats: InputStats) -> None:
+    """One check for every method: only some of them notice, and none names the cause."""
+    if all(is_finite(found) for found in (stats.hessian, stats.absmax, stats.abs_sum)):
+        return
+    raise CheckpointError(
+        f"the inputs of {' and '.join(linears)} are not finite over the calibration samples, or "
+        "too large to be squared; calibrate with --dtype float32 or other samples, and if that "
+        "does not help download the checkpoint again."
+    )
 
 
 def _quantize(
@@ -103,6 +123,7 @@ def _quantize(
         parts, stats = gptq(weight, hessian, format, damp=damp, name=name)
         error, used = stats.error, stats.damp
     else:
+        require_finite_problem(name, weight, hessian)
         if method == "awq":
             # Clipping has to weigh errors by the inputs: unweighted it cuts what AWQ enlarged.
             parts = encode(weight, format, *clipped_scales(weight, format, hessian.diagonal()))
@@ -110,7 +131,12 @@ def _quantize(
             parts, _ = quantize_linear(weight, format, scale_search(method))
         error, used = rtn_error(weight, hessian, parts, format), None
     decibels = sqnr_db(weight, dequantize(format, parts, torch.float32))
-    known = round(decibels, 3) if abs(decibels) != float("inf") else None
+    if not isfinite(error):
+        raise CheckpointError(
+            f"the outputs of {name} over the calibration samples are too large for their error to "
+            "be computed; calibrate with other samples, or leave this linear in bf16."
+        )
+    known = round(decibels, 3) if isfinite(decibels) else None
     return parts, LinearReport(method, format.name, known, error, used)
 
 
@@ -157,7 +183,7 @@ class _Layer:
         if group in _NORMS:
             name = f"{prefix}{_NORMS[group]}.weight"
             norm, scales = fold_into_norm(self._dense[name].to(scales.device), scales)
-            self.changed[name] = norm.cpu()
+            self.changed[name] = norm
         else:
             producer = f"{prefix}{_ROWS[group]}"
             self.weights[producer] = fold_into_rows(self.weights[producer], scales)
@@ -165,7 +191,7 @@ class _Layer:
             bias = f"{producer}.bias"
             if bias in self._dense:
                 divided = self._dense[bias].to(scales.device).float() / scales
-                self.changed[bias] = divided.to(torch.bfloat16).cpu()
+                self.changed[bias] = divided.to(torch.bfloat16)
         for linear in group_linears(self._index, group):
             self.weights[linear] = self.weights[linear] * scales
             self.touched.add(linear)

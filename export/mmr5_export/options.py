@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmr5_export.plan import MAX_FILE_BYTES
+from mmr5_runtime.reranker import DEFAULT_MAX_NEW_TOKENS
 from mmr5_runtime.types import ExportError
 
 
@@ -28,8 +29,8 @@ class ExportOptions:
     ``visual_weight`` is how much a visual token counts in the statistics, next to a text token.
 
     Calibration: ``calib_samples`` and ``held_out`` samples are drawn from ``calib_data`` by
-    ``seed``; answers the data does not have are decoded up to ``max_new_tokens`` and kept in
-    ``response_cache``.
+    ``seed``; answers the data does not have are decoded up to ``max_new_tokens`` (as many as the
+    reranker's own default) and kept in ``response_cache``.
 
     Verification: ``verify`` compares the engine with the checkpoint on the held-out samples;
     ``min_top1_agreement`` (share of held-out lists whose first page must stay the same) makes the
@@ -58,7 +59,7 @@ class ExportOptions:
     calib_samples: int = CALIBRATION_SAMPLES
     held_out: int = HELD_OUT_SAMPLES
     seed: int = 0
-    max_new_tokens: int = 1024
+    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
     response_cache: Path | None = None
     verify: bool = True
     min_top1_agreement: float | None = None
@@ -88,7 +89,8 @@ class ExportOptions:
     def arguments(self) -> list[str]:
         """Command-line arguments that repeat the export, without those that only say where.
 
-        Left out are defaults, paths written to, and how this run was begun (resume, force).
+        Left out are defaults, what is written besides the engine, and how this run was begun
+        (resume, force). Files are named without their folder: where data lies changes nothing.
         """
         given: list[str] = []
         for field in fields(self):
@@ -101,7 +103,7 @@ class ExportOptions:
             elif field.name == "verify":
                 given.append("--no-verify")
             else:
-                given += [flag, str(value)]
+                given += [flag, value.resolve().name if isinstance(value, Path) else str(value)]
         return given
 
 
@@ -110,6 +112,7 @@ _UNREPEATED = {
     "max_file_bytes",
     "response_cache",
     "checkpoint_out",
+    "checkpoint_for",
     "resume",
     "force",
     "free_bytes",

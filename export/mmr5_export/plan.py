@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 import math
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from mmr5_kernels.layout import (
-    FP8,
-    GROUP_SIZE,
-    GROUP_SIZES,
-    INT8,
-    INT8_WEIGHT_ONLY,
-    Format,
-)
-from mmr5_runtime.spec import (
-    ModelSpec,
-    decoder_linear_shapes,
-    linear_shapes,
-    stored_tensors,
-    vision_linear_shapes,
-)
-from mmr5_runtime.types import CheckpointError, ExportError
+from mmr5_kernels.layout import GROUP_SIZES, Format
+from mmr5_runtime.spec import ModelSpec, linear_shapes, stored_tensors
+from mmr5_runtime.types import CheckpointError
 
-QUANTS = ("bf16", "int8", "int8-weight-only", "fp8", "int4")
 MAX_FILE_BYTES = 2 << 30
-_MANIFEST_BYTES = 1 << 20  # generous: a 7B manifest takes about 150 kB
 
 
 @dataclass(frozen=True)
@@ -85,49 +68,6 @@ def make_plan(
     return Plan(formats, tuple(stored))
 
 
-def linear_formats(
-    spec: ModelSpec,
-    quant: str,
-    lm_head: str | None = None,
-    vision: str = "bf16",
-    group_size: int = GROUP_SIZE,
-    symmetric: bool = True,
-) -> dict[str, Format]:
-    """Storage format of every linear that these options do not leave dense.
-
-    ``quant`` is that of the decoder layers; ``lm_head`` is bf16, int4 or int8, which is weight-only
-    (default: int8, or bf16 when everything is); ``vision`` is bf16, int8 or fp8, for every linear
-    of the tower. ``group_size`` and ``symmetric`` are those of int4.
-
-    Raises :class:`ExportError` for an unknown option and :class:`CheckpointError` naming a linear
-    that the groups do not fit.
-    """
-    try:
-        int4 = Format("int4", group_size, symmetric)
-    except ValueError as error:
-        raise ExportError(f"int4 cannot be stored like that: {error}") from error
-    lm_head = lm_head or ("bf16" if quant == "bf16" else "int8")
-    decoder = {"int4": int4, "int8": INT8, "int8-weight-only": INT8_WEIGHT_ONLY, "fp8": FP8}
-    formats = {
-        **_chosen("quantization", quant, decoder, decoder_linear_shapes(spec)),
-        **_chosen("lm_head", lm_head, {"int8": INT8_WEIGHT_ONLY, "int4": int4}, ["lm_head"]),
-        **_chosen("vision", vision, {"int8": INT8, "fp8": FP8}, vision_linear_shapes(spec)),
-    }
-    check_groups(spec, formats)
-    return formats
-
-
-def _chosen(
-    what: str, name: str, known: Mapping[str, Format], linears: Iterable[str]
-) -> dict[str, Format]:
-    if name == "bf16":
-        return {}
-    if name not in known:
-        choices = ", ".join(("bf16", *known))
-        raise ExportError(f"{what} {name!r} is unknown; choose one of {choices}.")
-    return dict.fromkeys(linears, known[name])
-
-
 def check_groups(spec: ModelSpec, formats: Mapping[str, Format]) -> None:
     """Raises :class:`CheckpointError` naming a linear that the groups of its format do not fit."""
     for name, (_, columns) in linear_shapes(spec, formats).items():
@@ -135,31 +75,14 @@ def check_groups(spec: ModelSpec, formats: Mapping[str, Format]) -> None:
         if format is None or format.group_size is None or columns % format.group_size == 0:
             continue
         fitting = [str(size) for size in GROUP_SIZES if columns % size == 0]
-        remedy = f"a group size of {' or '.join(fitting)} fits" if fitting else "no group size fits"
+        remedy = "no group size does, but int8, fp8 and bf16 do"
+        if fitting:
+            remedy = f"a group size of {' or '.join(fitting)} fits, and so do int8, fp8 and bf16"
         raise CheckpointError(
             f"{name} has {columns} columns, which {format.weights} groups of {format.group_size} "
-            f"do not fit; {remedy}, and so do int8, fp8 and bf16."
-        )
-
-
-def check_disk(folder: Path, plan: Plan, copied: Iterable[Path], free: int | None = None) -> None:
-    """Raises :class:`ExportError` unless the engine fits on the disk of ``folder``.
-
-    ``copied`` are the files taken over as they are. ``free`` overrides the free bytes of the disk.
-    """
-    needed = plan.num_bytes + sum(path.stat().st_size for path in copied) + _MANIFEST_BYTES
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(there).free if free is None else free
-    if free < needed:
-        raise ExportError(
-            f"the engine needs {_gigabytes(needed)} but the disk of {folder} has "
-            f"{_gigabytes(free)} free; make room or choose another --output."
+            f"do not fit; {remedy}."
         )
 
 
 def _num_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     return dtype.itemsize * math.prod(shape)
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"

@@ -1,11 +1,12 @@
 """From a finished run to a published folder: the engine's files, their verification, their story.
 
 The folder is made inside the work folder and gets its name at the very end, by a rename. Until then
-it can be thrown away and made again from the journal.
+it can be thrown away and made again from the journal. So it is with a checkpoint beside it.
 """
 
 from __future__ import annotations
 
+import glob
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,10 +17,18 @@ from mmr5_export.assemble import EngineTensors, TakenOver, write_tensors
 from mmr5_export.evaluate import Evaluation, evaluate_engine
 from mmr5_export.hf_checkpoint import write_checkpoint
 from mmr5_export.job import Job
+from mmr5_export.places import (
+    check_checkpoint,
+    check_output,
+    checkpoint_job,
+    mark_checkpoint,
+    rejected_folder,
+    unfinished_checkpoint,
+)
 from mmr5_export.prequantized import QuantizedCheckpoint
 from mmr5_export.report import Facts, Threshold, manifest_report, report_document, write_report
 from mmr5_export.run import Run
-from mmr5_export.write import check_output, replace_folder
+from mmr5_export.write import replace_folder, sync_folder
 from mmr5_kernels.layout import Format
 from mmr5_runtime.artifact import (
     MANIFEST_NAME,
@@ -37,12 +46,17 @@ from mmr5_runtime.spec import parameter_count
 from mmr5_runtime.types import ExportError
 
 
-def make_engine(run: Run) -> tuple[Path, Manifest, Evaluation | None]:
-    """Writes every file of the engine into the work folder, and verifies it.
+def engine_folder(work: Path) -> Path:
+    """The engine in the making, in the work folder of its export."""
+    return work / "engine"
 
-    Returns the folder, its manifest and what verification found, None when there was none.
+
+def make_engine(run: Run) -> Evaluation | None:
+    """Brings every file of the engine to the disk, in the work folder, and verifies it.
+
+    Returns what verification found, None when there was none.
     """
-    job, folder = run.job, run.journal.folder / "engine"
+    job, folder = run.job, engine_folder(run.journal.folder)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for path in job.copied:
@@ -56,9 +70,9 @@ def make_engine(run: Run) -> tuple[Path, Manifest, Evaluation | None]:
     document["unverified"] = job.unverified
     (folder / MANIFEST_NAME).unlink()
     write_report(folder, document)
-    manifest = _manifest(run, folder, manifest_report(document))
-    write_manifest(folder, manifest)
-    return folder, manifest, evaluation
+    write_manifest(folder, _manifest(run, folder, manifest_report(document)))
+    sync_folder(folder)
+    return evaluation
 
 
 def engine_tensors(run: Run, formats: Mapping[str, Format]) -> EngineTensors:
@@ -69,32 +83,28 @@ def engine_tensors(run: Run, formats: Mapping[str, Format]) -> EngineTensors:
     return run.tensors(formats)
 
 
-def publish(run: Run, folder: Path, evaluation: Evaluation | None) -> VerificationFailed | None:
-    """Gives the folder its name, and writes the checkpoint that was asked for beside it.
-
-    Below the threshold the engine is put aside instead, as ``OUTPUT.rejected``, and the error to
-    raise is returned: for the journal the export is over either way.
-    """
-    job, threshold = run.job, _threshold(run.job)
-    if threshold is not None and evaluation is not None:
-        try:
-            threshold.check(evaluation.ranks)
-        except VerificationFailed as error:
-            aside = job.output.absolute().with_name(f"{job.output.name}.rejected")
-            check_output(aside, force=True)
-            replace_folder(folder, aside)
-            return VerificationFailed(f"{str(error).rstrip('.')}; what was made is in {aside}.")
-    if job.options.checkpoint_out is not None:
-        _write_checkpoint(run, job.options.checkpoint_out)
-    check_output(job.output, job.options.force)
-    replace_folder(folder, job.output.absolute())
+def verdict(job: Job, evaluation: Evaluation | None) -> str | None:
+    """Why the engine must not be published; None when nothing speaks against it."""
+    threshold = _threshold(job)
+    if threshold is None or evaluation is None:
+        return None
+    try:
+        threshold.check(evaluation.ranks)
+    except VerificationFailed as error:
+        return f"{str(error).rstrip('.')}; what was made is in {rejected_folder(job.output)}."
     return None
 
 
-def _write_checkpoint(run: Run, folder: Path) -> None:
-    """The decoder's quantized linears as an ordinary checkpoint; head and tower stay bf16."""
-    if folder.exists() and (run.job.options.force or run.job.options.resume):
-        _remove_checkpoint(folder)
+def make_checkpoint(run: Run, job_hash: str) -> None:
+    """Writes the checkpoint that was asked for, if one was, beside the place it will have.
+
+    The decoder's quantized linears are those of the engine; head and tower stay bf16.
+    """
+    job, target = run.job, run.job.options.checkpoint_out
+    if target is None:
+        return
+    _remove_unfinished(job, target)
+    folder = unfinished_checkpoint(target, job.output)
     formats = {
         name: format
         for name, format in run.plan.formats.items()
@@ -102,17 +112,47 @@ def _write_checkpoint(run: Run, folder: Path) -> None:
     }
     tensors = engine_tensors(run, formats)
     write_checkpoint(
-        folder, run.job.checkpoint, formats, lambda name: dict(tensors.parts(name)), tensors.dense
+        folder, job.checkpoint, formats, lambda name: dict(tensors.parts(name)), tensors.dense
     )
+    mark_checkpoint(folder, job_hash)
+    sync_folder(folder)
 
 
-def _remove_checkpoint(folder: Path) -> None:
-    """Removes what looks like a checkpoint of ours, and nothing else."""
-    if not (folder / "config.json").is_file():
+def _remove_unfinished(job: Job, target: Path) -> None:
+    """Removes the checkpoint folder of a killed process, and what stood in for it."""
+    folder = unfinished_checkpoint(target, job.output)
+    for path in folder.parent.glob(f"{glob.escape(folder.name)}*"):
+        if path.name != f"{folder.name}-old":  # what was at the target, moved away for a moment
+            shutil.rmtree(path)
+
+
+def publish(job: Job, folder: Path, job_hash: str, rejected: bool) -> None:
+    """Gives what was made its name: the engine in ``folder``, and before it the checkpoint.
+
+    An engine that was rejected is put aside instead, and there is no checkpoint. What has its name
+    already is left alone, so that this can be killed and done again.
+    """
+    target = job.options.checkpoint_out
+    if target is not None and rejected:
+        _remove_unfinished(job, target)
+    elif target is not None:
+        _publish_checkpoint(job, target, job_hash)
+    if folder.is_dir():
+        output = rejected_folder(job.output) if rejected else job.output.absolute()
+        check_output(output, force=rejected or job.options.force)
+        replace_folder(folder, output)
+
+
+def _publish_checkpoint(job: Job, target: Path, job_hash: str) -> None:
+    made = unfinished_checkpoint(target, job.output)
+    if checkpoint_job(made) == job_hash:
+        check_checkpoint(target, job.options.force, job_hash)
+        replace_folder(made, target.absolute())
+    elif checkpoint_job(target) != job_hash:
         raise ExportError(
-            f"{folder} is no checkpoint, so it is not replaced; choose another --checkpoint-out."
+            f"the checkpoint made for {target} is gone from {made}; start the export over with "
+            "--force."
         )
-    shutil.rmtree(folder)
 
 
 def _verify(run: Run, folder: Path) -> Evaluation | None:
@@ -170,6 +210,7 @@ def _facts(run: Run, layers: Mapping[str, Mapping[str, Any]]) -> Facts:
         calibration=run.calibration_facts(),
         bytes=run.plan.num_bytes,
         bf16_bytes=2 * parameter_count(job.spec),
+        sensitivity=run.sensitivity,
     )
 
 

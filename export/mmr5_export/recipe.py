@@ -26,11 +26,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from importlib import resources
-from math import prod
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
-from mmr5_export.mixed import layer_groups
+from mmr5_export.mixed import group_bytes, layer_groups
+from mmr5_export.options import OptionError
 from mmr5_export.plan import check_groups
 from mmr5_export.recipe_file import parse_toml, read_document
 from mmr5_kernels.layout import FP8, GROUP_SIZE, INT8, Format
@@ -39,7 +40,7 @@ from mmr5_runtime.spec import (
     decoder_linear_shapes,
     linear_shapes,
 )
-from mmr5_runtime.types import EngineError, ExportError
+from mmr5_runtime.types import EngineError
 
 RECIPES = ("bf16", "int8", "int8-weight-only", "fp8", "int4", "int4-mixed")
 # Methods that make a format; the first is used unless another is asked for.
@@ -87,7 +88,7 @@ class Mixed:
 class Recipe:
     """How every linear is stored and made; the keys of a recipe file, see the module.
 
-    ``group_size`` None is 128 for int4 and a whole row for int8. Raises :class:`ExportError` for
+    ``group_size`` None is 128 for int4 and a whole row for int8. Raises :class:`OptionError` for
     names, methods and numbers that are unknown or do not go together.
     """
 
@@ -123,9 +124,9 @@ class Recipe:
     def formats(self, spec: ModelSpec) -> dict[str, Format]:
         """Storage format of every linear that is not dense, before any mixed choice.
 
-        Raises :class:`ExportError` for a rule that matches nothing, linears that run as one but
-        differ, and a format that lm_head or the vision tower cannot have; and
-        :class:`CheckpointError` naming a linear that groups do not fit.
+        Raises :class:`OptionError` for a rule that matches nothing, linears that run as one but
+        differ, a format that lm_head or the vision tower cannot have, and a budget of bits that
+        no choice keeps; and :class:`CheckpointError` naming a linear that groups do not fit.
         """
         rules = {name: self._rule(name) for name in _linears(spec)}
         for rule in self.layers:
@@ -149,6 +150,7 @@ class Recipe:
             check_groups(spec, stored)
         except EngineError as error:
             raise self._error(str(error).rstrip(".")) from error
+        self._check_budget(spec)
         return stored
 
     def method(self, linear: str) -> str:
@@ -167,6 +169,9 @@ class Recipe:
         recipe and that of ``mixed`` (one as well without ``mixed``). Raises as :meth:`formats`.
         """
         self.formats(spec)
+        return self._candidates(spec)
+
+    def _candidates(self, spec: ModelSpec) -> dict[str, dict[str, Format | None]]:
         found: dict[str, dict[str, Format | None]] = {}
         for group, linears in layer_groups(spec).items():
             rule = self._rule(linears[0])
@@ -210,7 +215,7 @@ class Recipe:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any], origin: str = "the recipe") -> Recipe:
-        """The inverse of :meth:`to_json`. Raises :class:`ExportError` beginning with ``origin``."""
+        """The inverse of :meth:`to_json`. Raises :class:`OptionError` beginning with ``origin``."""
         quant, layers, mixed = read_document(document, origin)
         method = quant.pop("method", None)
         return cls(
@@ -277,6 +282,18 @@ class Recipe:
             if rule.method not in (None, "rtn", "rtn-mse"):
                 raise self._error(f"{name} is always rounded to nearest; leave its method out")
 
+    def _check_budget(self, spec: ModelSpec) -> None:
+        if self.mixed is None:
+            return
+        sizes = group_bytes(spec, self._candidates(spec))
+        least = sum(min(formats.values()) for formats in sizes.values())
+        if least > self.mixed.budget_bytes(spec):
+            weights = sum(prod(shape) for shape in decoder_linear_shapes(spec).values())
+            raise self._error(
+                f"{self.mixed.bits_per_weight:g} bits per weight are fewer than the smallest "
+                f"formats take; allow {ceil(80 * least / weights) / 10:g} or more"
+            )
+
     def _formats_named(self) -> set[str]:
         mixed = {self.mixed.format} if self.mixed else set()
         return {self.format, _LM_HEAD[self.lm_head], *(rule.format for rule in self.layers)} | mixed
@@ -286,28 +303,28 @@ class Recipe:
         if name not in choices:
             raise self._error(f"{what} is {name!r}; choose one of {', '.join(choices)}")
 
-    def _error(self, text: str) -> ExportError:
-        return ExportError(f"recipe {self.name}: {text}.")
+    def _error(self, text: str) -> OptionError:
+        return OptionError(f"recipe {self.name}: {text}.")
 
 
 def load_recipe(name_or_path: str) -> Recipe:
     """A recipe that ships with the package, by name (see ``RECIPES``), or from a TOML file.
 
-    Raises :class:`ExportError` for an unknown name and for a file that is no recipe.
+    Raises :class:`OptionError` for an unknown name and for a file that is no recipe.
     """
     if name_or_path in RECIPES:
         shipped = resources.files("mmr5_export") / "recipes" / f"{name_or_path}.toml"
         return Recipe.from_json(parse_toml(shipped.read_bytes(), name_or_path), name_or_path)
     path = Path(name_or_path)
     if path.suffix != ".toml" and not path.is_file():
-        raise ExportError(
+        raise OptionError(
             f"there is no recipe {name_or_path!r}; choose one of {', '.join(RECIPES)}, or give the "
             "path of a .toml file."
         )
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise ExportError(f"the recipe {path} cannot be read ({error}); check the path.") from error
+        raise OptionError(f"the recipe {path} cannot be read ({error}); check the path.") from error
     return Recipe.from_json(parse_toml(data, str(path)), str(path))
 
 

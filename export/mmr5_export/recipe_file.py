@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Mapping
 from typing import Any
 
-from mmr5_runtime.types import ExportError
+from mmr5_export.options import OptionError
 
 _Keys = Mapping[str, type]
 _QUANT: _Keys = {
@@ -31,11 +31,11 @@ _TYPES = {str: "text", int: "a whole number", bool: "true or false", float: "a n
 
 
 def parse_toml(data: bytes, origin: str) -> dict[str, Any]:
-    """The document in ``data``; raises :class:`ExportError` beginning with ``origin``."""
+    """The document in ``data``; raises :class:`OptionError` beginning with ``origin``."""
     try:
         return tomllib.loads(data.decode())
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ExportError(f"{origin} is not TOML ({error}); correct it there.") from error
+        raise OptionError(f"{origin} is not TOML ({error}); correct it there.") from error
 
 
 def read_document(
@@ -43,17 +43,17 @@ def read_document(
 ) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any] | None]:
     """The tables [quant], [[layers]] and [mixed] (None when it is not there), keys as in the file.
 
-    Raises :class:`ExportError` beginning with ``origin`` and naming a key that is missing, unknown
+    Raises :class:`OptionError` beginning with ``origin`` and naming a key that is missing, unknown
     or of another type.
     """
     if unknown := sorted(set(document) - {"quant", "layers", "mixed"}):
-        raise ExportError(
+        raise OptionError(
             f"{origin}: [{unknown[0]}] is unknown; a recipe has [quant], [[layers]] and [mixed]."
         )
     quant = _table(document.get("quant"), _QUANT, ("name", "format"), f"{origin}: [quant]")
     layers = document.get("layers", [])
     if not isinstance(layers, list):
-        raise ExportError(f"{origin}: layers is no list of tables; write [[layers]], not [layers].")
+        raise OptionError(f"{origin}: layers is no list of tables; write [[layers]], not [layers].")
     rules = [
         _table(rule, _LAYER, ("match", "format"), f"{origin}: [[layers]] number {number}")
         for number, rule in enumerate(layers, start=1)
@@ -66,11 +66,11 @@ def read_document(
 
 def _table(value: Any, keys: _Keys, required: tuple[str, ...], where: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        raise ExportError(f"{where} is missing or no table; it needs {' and '.join(required)}.")
+        raise OptionError(f"{where} is missing or no table; it needs {' and '.join(required)}.")
     if unknown := sorted(set(value) - set(keys)):
-        raise ExportError(f"{where} has no key {unknown[0]!r}; it takes {', '.join(keys)}.")
+        raise OptionError(f"{where} has no key {unknown[0]!r}; it takes {', '.join(keys)}.")
     if missing := [key for key in required if key not in value]:
-        raise ExportError(f"{where} lacks {missing[0]!r}; add it.")
+        raise OptionError(f"{where} lacks {missing[0]!r}; add it.")
     return {key: _value(item, keys[key], f"{where}: {key}") for key, item in value.items()}
 
 
@@ -78,5 +78,5 @@ def _value(value: Any, kind: type, what: str) -> Any:
     # In Python true is also 1, and a whole number is good for a number.
     accepted = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        raise ExportError(f"{what} is {value!r}; write {_TYPES[kind]}.")
+        raise OptionError(f"{what} is {value!r}; write {_TYPES[kind]}.")
     return value

@@ -1,7 +1,7 @@
 """What an export leaves for people: ``report.json``, and the model card ``README.md``.
 
 Both are made from one document that holds everything needed to repeat the export and nothing that
-differs when it is repeated. How long it took is added to ``report.json`` alone, under ``timing``.
+differs when it is repeated.
 """
 
 from __future__ import annotations
@@ -13,16 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mmr5_export.agreement import RankMetrics, VerificationFailed
+from mmr5_export.agreement import RankMetrics, VerificationFailed, reference_name
 from mmr5_export.card import model_card
 from mmr5_export.evaluate import Evaluation
+from mmr5_export.options import OptionError
 from mmr5_runtime.manifest import Quant, Source
-from mmr5_runtime.types import ExportError
 
 REPORT_NAME, CARD_NAME = "report.json", "README.md"
 WORST_LAYERS = 10
-_DESTINATIONS = ("--output", "--checkpoint-out")
-_STOPGAPS = ("--resume", "--force")
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Threshold:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.min_top1_agreement <= 1.0:
-            raise ExportError(
+            raise OptionError(
                 f"--min-top1-agreement {self.min_top1_agreement} is no share; pass 0 to 1, such as "
                 "0.98."
             )
@@ -42,12 +40,12 @@ class Threshold:
         """Raises :class:`VerificationFailed` when ``ranks`` fall short."""
         found = ranks.first_choice_agreement
         if found < self.min_top1_agreement:
-            lists = len(ranks.samples)
+            lists, reference = len(ranks.samples), reference_name(ranks.reference_by)
             raise VerificationFailed(
-                f"the engine agrees with the original on the first page of {round(found * lists)} "
-                f"of {lists} held-out lists ({found:.3f}), and --min-top1-agreement asks for "
-                f"{self.min_top1_agreement:g}; take smaller groups, int4-mixed or int8, or ask for "
-                "less."
+                f"the engine agrees with {reference} on the first page of "
+                f"{round(found * lists)} of {lists} held-out lists ({found:.3f}), and "
+                f"--min-top1-agreement asks for {self.min_top1_agreement:g}; take smaller groups, "
+                "int4-mixed or int8, or ask for less."
             )
 
 
@@ -58,8 +56,9 @@ class Facts:
     ``command`` is the argument vector, program first; ``versions`` maps tools to versions;
     ``layers`` has per quantized linear ``method``, ``format``, ``sqnr_db``, ``error`` (relative
     squared error of its output) and ``damp``, each None where it does not apply; ``calibration``
-    says source, hash, samples and tokens; ``bytes`` of all tensors as stored, ``bf16_bytes`` of
-    the same without quantization.
+    says source, hash, samples and tokens; ``sensitivity`` is what a mixed recipe was chosen by
+    (see :mod:`mmr5_export.sensitivity`), None with any other; ``bytes`` of all tensors as stored,
+    ``bf16_bytes`` of the same without quantization.
     """
 
     command: Sequence[str]
@@ -71,26 +70,29 @@ class Facts:
     calibration: Mapping[str, Any] | None
     bytes: int
     bf16_bytes: int
+    sensitivity: Mapping[str, Mapping[str, float]] | None = None
 
 
 def report_document(
     facts: Facts, evaluation: Evaluation | None, threshold: Threshold | None = None
 ) -> dict[str, Any]:
-    """The report as JSON, without times; ``evaluation`` is None when verification was skipped.
+    """The report as JSON; ``evaluation`` is None when verification was skipped.
 
     A threshold that is not reached is recorded, not raised: the report is written either way.
     """
     worst = worst_layers(facts.layers)
+    quant = {key: part for key, part in facts.quant.to_json().items() if key != "calibration"}
     return {
         "kind": "mmr5-export-report",
-        "command": repeatable_command(facts.command),
+        "command": _command_line(facts.command),
         "source": asdict(facts.source),
         "versions": dict(facts.versions),
         "seed": facts.seed,
-        "quant": facts.quant.to_json(),
+        "quant": quant,
         "bytes": facts.bytes,
         "bf16_bytes": facts.bf16_bytes,
         "calibration": None if facts.calibration is None else dict(facts.calibration),
+        "sensitivity": facts.sensitivity,
         "layers": {name: dict(layer) for name, layer in facts.layers.items()},
         "worst_layers": list(worst),
         "verification": None if evaluation is None else _verification(evaluation, threshold),
@@ -125,32 +127,20 @@ def manifest_report(document: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_report(
-    folder: Path, document: Mapping[str, Any], timing: Mapping[str, float] | None = None
-) -> None:
-    """Writes ``report.json`` and ``README.md``; ``timing`` in seconds goes into the first only."""
-    whole = {**document, "timing": {k: round(v, 3) for k, v in (timing or {}).items()}}
-    text = json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False)
+def write_report(folder: Path, document: Mapping[str, Any]) -> None:
+    """Writes ``report.json`` and ``README.md``."""
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
     (folder / REPORT_NAME).write_text(text + "\n", encoding="utf-8")
     (folder / CARD_NAME).write_text(model_card(document), encoding="utf-8")
 
 
-def repeatable_command(arguments: Sequence[str]) -> str:
-    """The command line to type for the same result, quoted for a shell.
-
-    Left out are options that only concern an earlier run, and the folder that a destination lies
-    in: neither changes what is made, and equal exports must describe themselves equally.
-    """
-    words: list[str] = []
-    for word in arguments:
-        option, equals, value = word.partition("=")
-        if words and words[-1] in _DESTINATIONS:
-            words.append(Path(word).name or word)
-        elif option in _DESTINATIONS and equals:
-            words += [option, Path(value).name or value]
-        elif word not in _STOPGAPS:
-            words.append(word)
-    return shlex.join([Path(words[0]).name, *words[1:]]) if words else ""
+def _command_line(arguments: Sequence[str]) -> str:
+    """The command to type, quoted for a shell; a recipe file is named without its folder."""
+    words = [
+        Path(word).name if before == "--quant" else word
+        for before, word in zip(["", *arguments], arguments, strict=False)
+    ]
+    return shlex.join(words)
 
 
 def worst_layers(layers: Mapping[str, Mapping[str, Any]]) -> list[str]:

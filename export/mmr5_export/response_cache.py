@@ -1,20 +1,23 @@
 """Answers of the model, kept in a file so that they are generated once.
 
-The file is jsonl and only grows: one line per answer, written whole and forced to the disk. A
-killed export leaves at most half of a last line, which is dropped.
+The file is jsonl and only grows: one line per answer, written whole, while no other process writes,
+and forced to the disk. A killed export leaves at most half of a last line, which is dropped.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from mmr5_export.write import disk_error
 from mmr5_runtime.types import ExportError, Status, StopReason
 
 _KEY = "key"
+_BLOCK = 1 << 16  # bytes looked through at a time for the end of the last whole line
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,6 @@ class ResponseCache:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._known: dict[str, Response] = {}
-        self._torn_at: int | None = None  # where half of a last line begins
         if path is not None and path.exists():
             self._read(path)
 
@@ -56,8 +58,7 @@ class ResponseCache:
             content = path.read_bytes()
         except OSError as error:
             raise _unusable(path, error) from error
-        *lines, rest = content.split(b"\n")
-        self._torn_at = len(content) - len(rest) if rest else None
+        *lines, _ = content.split(b"\n")  # behind the last newline: nothing, or half of a line
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
@@ -84,10 +85,9 @@ class ResponseCache:
         line = json.dumps({_KEY: key, **asdict(response)}, separators=(",", ":")) + "\n"
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("ab") as file:
-                if self._torn_at is not None:
-                    file.truncate(self._torn_at)
-                    self._torn_at = None
+            with self._path.open("a+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                _drop_torn_line(file)
                 file.write(line.encode())
                 file.flush()
                 os.fsync(file.fileno())
@@ -95,8 +95,23 @@ class ResponseCache:
             raise _unusable(self._path, error) from error
 
 
+def _drop_torn_line(file: BinaryIO) -> None:
+    """Cuts off half of a last line; who wrote it is dead, for the living hold the lock."""
+    size = end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - _BLOCK)
+        file.seek(start)
+        newline = file.read(end - start).rfind(b"\n")
+        end = start + newline + 1
+        if newline >= 0:
+            break
+    if end < size:
+        file.truncate(end)
+
+
 def _unusable(path: Path, error: OSError) -> ExportError:
-    return ExportError(
+    return disk_error(
+        error,
         f"the cache of responses {path} cannot be used ({error}); check the disk and the "
-        "permissions, or delete the file."
+        "permissions, or delete the file.",
     )

@@ -18,9 +18,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from mmr5_export.checkpoint import Checkpoint
-from mmr5_export.generator import DEFAULT_MAX_NEW_TOKENS, Generator, weights_sha256
+from mmr5_export.generator import Generator
 from mmr5_export.response_cache import Response, ResponseCache
-from mmr5_export.samples import Sample, of_sample, page_sha256
+from mmr5_export.samples import DataError, Sample, of_sample, page_sha256
 from mmr5_runtime.answer import parse_answer
 from mmr5_runtime.engine import Generation
 from mmr5_runtime.image import preprocess
@@ -28,20 +28,9 @@ from mmr5_runtime.loading import LoadedEngine
 from mmr5_runtime.pages import open_page
 from mmr5_runtime.planning import plan_context
 from mmr5_runtime.prompt import PromptTokenizer
+from mmr5_runtime.reranker import DEFAULT_MAX_NEW_TOKENS
 from mmr5_runtime.sampler import Sampler, SamplingParams
 from mmr5_runtime.timing import Timings
-from mmr5_runtime.types import ExportError
-
-__all__ = [
-    "DEFAULT_MAX_NEW_TOKENS",
-    "GivenResponses",
-    "Generator",
-    "Responder",
-    "Response",
-    "ResponseCache",
-    "respond",
-    "weights_sha256",
-]
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage "respond", how many samples have their response, and their total."""
@@ -65,7 +54,7 @@ class Responder:
     def respond(self, sample: Sample) -> Response:
         """The model's answer to ``sample``.
 
-        Raises :class:`ExportError` naming the sample when a page cannot be read or the context
+        Raises :class:`DataError` naming the sample when a page cannot be read or the context
         cannot hold its pages.
         """
         loaded, engine = self._loaded, self._loaded.engine
@@ -135,16 +124,43 @@ class GivenResponses:
     def respond(self, sample: Sample, text: str) -> Response:
         """``text`` as the response to ``sample``, the end token behind it.
 
-        Raises :class:`ExportError` when it holds a special token, which would be read as markup.
+        Raises :class:`DataError` when it holds a special token, which would be read as markup.
         """
         if reserved := next((token for token in self._special if token in text), None):
-            raise ExportError(
+            raise DataError(
                 f"{sample.name}: the response contains the reserved token {reserved}; remove it, "
                 "the end token is added by itself."
             )
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         answer = parse_answer(text, len(sample.pages))
         return Response((*ids, self._end), text, "eos", answer.order, answer.status)
+
+
+def missing_answers(
+    samples: Sequence[Sample], generator: Generator, cache: Path | None = None
+) -> int:
+    """How many of ``samples`` :func:`respond` would have to generate an answer for.
+
+    Those that neither come with one nor have one of this very ``generator`` in the file ``cache``.
+    Raises :class:`ExportError` for a cache that cannot be used, :class:`DataError` for a page that
+    cannot be read.
+    """
+    open_ones = [sample for sample in samples if sample.response is None]
+    if not open_ones:
+        return 0
+    known, key = ResponseCache(cache), _keys(generator)
+    return sum(known.get(key(sample)) is None for sample in open_ones)
+
+
+def _keys(generator: Generator) -> Callable[[Sample], str]:
+    """Key of a sample's answer: of all that decides it, and not of where its pages lie."""
+    identity, page_hash = generator.identity(), lru_cache(maxsize=None)(page_sha256)
+
+    def key(sample: Sample) -> str:
+        content = [identity, sample.query, [page_hash(page) for page in sample.pages]]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    return key
 
 
 def respond(
@@ -156,11 +172,10 @@ def respond(
     """A response per sample: its own, else the one in the file ``cache``, else a generated one.
 
     The model is loaded only when something has to be generated, and freed before this returns. An
-    interrupted run keeps what it generated so far in ``cache``. Raises :class:`ExportError` naming
-    the sample that cannot be answered, or the cache that cannot be used.
+    interrupted run keeps what it generated so far in ``cache``. Raises :class:`DataError` naming
+    the sample that cannot be answered, :class:`ExportError` for a cache that cannot be used.
     """
-    known, identity = ResponseCache(cache), generator.identity()
-    page_hash = lru_cache(maxsize=None)(page_sha256)
+    known, key_of = ResponseCache(cache), _keys(generator)
     given = GivenResponses(generator.checkpoint)
     responder: Responder | None = None
     responses = []
@@ -169,8 +184,7 @@ def respond(
         if sample.response is not None:
             responses.append(given.respond(sample, sample.response))
             continue
-        content = [identity, sample.query, [page_hash(page) for page in sample.pages]]
-        key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        key = key_of(sample)
         response = known.get(key)
         if response is None:
             if responder is None:

@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
-from mmr5_export.agreement import Ranking
+from mmr5_export.agreement import ORIGINAL, Ranking
 from mmr5_export.assemble import Progress, QuantizedHere
 from mmr5_export.calibration import Prompt, TokenCounts, encode_prompt, pixel_values
 from mmr5_export.checkpoint import Checkpoint
+from mmr5_export.estimate import ResourceError
 from mmr5_export.evaluate import HeldOut, Question
-from mmr5_export.generator import Generator
 from mmr5_export.hidden import HiddenStates
 from mmr5_export.job import Job
 from mmr5_export.journal import Journal
@@ -36,7 +36,8 @@ from mmr5_runtime.prompt import PromptTokenizer
 class Run:
     """A job at work, its finished steps in ``journal``.
 
-    ``answering`` is the format of the model that writes missing answers, None when there are none.
+    ``answering`` is the format of the model that is to write missing answers, None when there are
+    none. ``sensitivity`` is what a mixed recipe was chosen by, None with any other.
     """
 
     def __init__(
@@ -49,27 +50,42 @@ class Run:
 
     @cached_property
     def responses(self) -> list[Response]:
-        """The model's answer to every sample of the job, in order."""
+        """The model's answer to every sample of the job, in order.
+
+        Which format answers was decided by the memory that happened to be free, so the decision is
+        kept with the first answer: a resumed export goes on with it. Raises
+        :class:`ResourceError` where the memory does not suffice for that any more.
+        """
         if not self.journal.done("answers"):
-            found = respond(
-                self.job.samples, self._generator, self.job.response_cache, self.progress
-            )
-            self.journal.finish("answers", [asdict(response) for response in found])
-        return [Response.from_json(entry) for entry in self.journal.result("answers")]
+            self._answer()
+        return [Response.from_json(entry) for entry in self.journal.result("answers")["responses"]]
 
     @property
-    def _generator(self) -> Generator:
-        job = self.job
-        assert isinstance(job.checkpoint, Checkpoint)
-        return Generator(
-            checkpoint=job.checkpoint,
-            weights_sha256=job.weights_sha256,
-            budget=job.pixel_budget,
-            device=str(job.device),
-            dtype=str(job.dtype).removeprefix("torch."),
-            quant=self._answering or "bf16",
-            max_new_tokens=job.options.max_new_tokens,
-        )
+    def answered_by(self) -> str | None:
+        """The format of the model that wrote the answers; None when all came with the data."""
+        assert self.responses is not None
+        by: str | None = self.journal.result("answers")["by"]
+        return by
+
+    def _answer(self) -> None:
+        samples, journal = self.job.samples, self.journal
+        asked = self._answering or ORIGINAL
+        by = journal.result("answering") if journal.done("answering") else asked
+        if by == ORIGINAL != asked:
+            raise ResourceError(
+                f"answers were begun with the model in {by}, which the free memory does not hold "
+                "any more; free memory and pass --resume, or start over with --force."
+            )
+        unanswered = any(sample.response is None for sample in samples)
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if done and unanswered and not journal.done("answering"):
+                journal.finish("answering", by)
+            self.progress(stage, done, total)
+
+        found = respond(samples, self.job.generator(by), self.job.response_cache, progress)
+        responses = [asdict(response) for response in found]
+        journal.finish("answers", {"by": by if unanswered else None, "responses": responses})
 
     @cached_property
     def prompts(self) -> list[Prompt]:
@@ -184,6 +200,8 @@ class Run:
                 reference_logits=partial(reference_logits, self.walk, self._hidden, index),
                 reference=Ranking(response.order, response.status),
                 relevant=sample.relevant,
+                # One that came with the data is the original's own, or would have been left out.
+                reference_by=(self.answered_by if sample.response is None else None) or ORIGINAL,
             )
 
     def calibration_facts(self) -> dict[str, Any] | None:
@@ -207,6 +225,5 @@ class Run:
             "held_out_tokens": asdict(sum(counts[count:], TokenCounts())),
             "answers_given": given,
             "answers_generated": len(job.samples) - given,
-            "answers_by": self._answering,
-            "sensitivity": self.sensitivity,
+            "answers_by": self.answered_by,
         }

@@ -6,8 +6,8 @@ One line is one JSON object::
      "relevant": [0], "response": "<think>...</think><answer>[1, 2]</answer>"}
 
 ``pages`` are image files in first-stage order, relative to the file. ``relevant`` (0-based
-positions that answer the question) and ``response`` (what the model should be run on instead of
-its own answer) may be left out. Other keys are refused: a misspelt ``relevant`` would be lost.
+positions that answer the question) and ``response`` (what to calibrate on instead of the model's
+own answer) may be left out. Other keys are refused: a misspelt ``relevant`` would be lost.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from mmr5_runtime.artifact import file_sha256
-from mmr5_runtime.pages import open_page
 from mmr5_runtime.prompt import check_query
 from mmr5_runtime.types import ExportError, RequestError
 
@@ -33,12 +32,17 @@ MIN_PAGES = 2  # a list of one has nothing to rank
 _NAMED = 3  # missing files that a message names
 
 
+class DataError(ExportError):
+    """Calibration data that cannot be used: incomplete, damaged or too little."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One listwise question; ``name`` says where it comes from (file and line).
 
     ``relevant`` holds 0-based positions in ``pages``; ``response`` is text to use instead of the
-    model's own answer. Both are None where the data does not have them.
+    model's own answer. Both are None where the data does not have them. ``own`` says that the
+    response is known to be what the model at hand answers.
     """
 
     name: str
@@ -46,15 +50,16 @@ class Sample:
     pages: tuple[Path, ...]
     relevant: tuple[int, ...] | None = None
     response: str | None = None
+    own: bool = False
 
 
 @contextmanager
 def of_sample(sample: Sample) -> Iterator[None]:
-    """Turns a RequestError raised inside into an ExportError that names ``sample``."""
+    """Turns a RequestError raised inside into a DataError that names ``sample``."""
     try:
         yield
     except RequestError as error:
-        raise ExportError(f"{sample.name}: {str(error).rstrip('.')}.") from error
+        raise DataError(f"{sample.name}: {str(error).rstrip('.')}.") from error
 
 
 def shipped_set() -> Path:
@@ -74,20 +79,20 @@ def shipped_set() -> Path:
 def read_samples(source: Path, weights_sha256: str | None = None) -> list[Sample]:
     """Every sample of a jsonl file, or of the one in a folder (``samples.jsonl`` if several).
 
-    Responses that a folder's ``meta.json`` says were written by other weights than
-    ``weights_sha256`` (see :func:`mmr5_export.responses.weights_sha256`) are left out; without a
-    ``meta.json``, or with None, all are kept. Page files must exist but are not opened: that is
-    for :func:`check_pages`, once it is known which samples are used.
+    Where a folder has a ``meta.json``, responses are ``own`` when it names ``weights_sha256``
+    (see :func:`mmr5_export.generator.weights_sha256`) and are left out when it names others;
+    without that file, or with None, they are kept as they are. Page files must exist but are not
+    opened.
 
-    Raises :class:`ExportError` naming file, line and remedy.
+    Raises :class:`DataError` naming file, line and remedy.
     """
     file = _samples_file(source)
     try:
         lines = file.read_text(encoding="utf-8").split("\n")  # JSON may hold U+2028
     except UnicodeDecodeError as error:
-        raise ExportError(f"{file} is not UTF-8 text ({error}); save it as UTF-8.") from error
+        raise DataError(f"{file} is not UTF-8 text ({error}); save it as UTF-8.") from error
     except OSError as error:
-        raise ExportError(
+        raise DataError(
             f"{file} cannot be read ({error}); check the path and its permissions."
         ) from error
     samples = [
@@ -96,19 +101,21 @@ def read_samples(source: Path, weights_sha256: str | None = None) -> list[Sample
         if line.strip()
     ]
     if not samples:
-        raise ExportError(f'{file} is empty; write one {{"query": ..., "pages": [...]}} per line.')
+        raise DataError(f'{file} is empty; write one {{"query": ..., "pages": [...]}} per line.')
     _require_files(file, samples)
-    given = any(sample.response for sample in samples)
-    if given and _foreign_responses(file.with_name(META_FILE), weights_sha256):
-        samples = [Sample(s.name, s.query, s.pages, s.relevant) for s in samples]
-    return samples
+    meta = file.with_name(META_FILE)
+    if weights_sha256 is None or not meta.is_file() or all(s.response is None for s in samples):
+        return samples
+    if _written_by(meta) != weights_sha256:
+        return [replace(sample, response=None) for sample in samples]
+    return [replace(sample, own=sample.response is not None) for sample in samples]
 
 
 def _samples_file(source: Path) -> Path:
     if source.is_file():
         return source
     if not source.is_dir():
-        raise ExportError(
+        raise DataError(
             f"there is no calibration data at {source}; pass a jsonl file or a folder that holds "
             f"{SAMPLES_FILE}."
         )
@@ -117,7 +124,7 @@ def _samples_file(source: Path) -> Path:
     found = sorted(path.name for path in source.glob("*.jsonl"))
     if len(found) != 1:
         several = f"several jsonl files ({', '.join(found[:_NAMED])})" if found else "no jsonl file"
-        raise ExportError(f"{source} holds {several}; name one {SAMPLES_FILE} or pass its path.")
+        raise DataError(f"{source} holds {several}; name one {SAMPLES_FILE} or pass its path.")
     return source / found[0]
 
 
@@ -125,22 +132,22 @@ def _parse(line: str, name: str, folder: Path) -> Sample:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise ExportError(f"{name} is not JSON ({error}); write one object per line.") from error
+        raise DataError(f"{name} is not JSON ({error}); write one object per line.") from error
     if not isinstance(row, dict):
-        raise ExportError(f"{name} is not a JSON object; write one object per line.")
+        raise DataError(f"{name} is not a JSON object; write one object per line.")
     missing = [key for key in REQUIRED if key not in row]
     unknown = [key for key in row if key not in REQUIRED + OPTIONAL]
     if missing or unknown:
         wrong = [f"lacks {', '.join(missing)}"] if missing else []
         wrong += [f"has the unknown column {', '.join(unknown)}"] if unknown else []
-        raise ExportError(
+        raise DataError(
             f"{name} {' and '.join(wrong)}; the columns are {', '.join(REQUIRED)} and optionally "
             f"{', '.join(OPTIONAL)}."
         )
     try:
         check_query(row["query"])
     except RequestError as error:
-        raise ExportError(f"{name}: {str(error).rstrip('.')}.") from error
+        raise DataError(f"{name}: {str(error).rstrip('.')}.") from error
     pages = _pages(row["pages"], name)
     return Sample(
         name,
@@ -153,9 +160,9 @@ def _parse(line: str, name: str, folder: Path) -> Sample:
 
 def _pages(value: Any, name: str) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(page, str) and page for page in value):
-        raise ExportError(f"{name} has pages that are no list of file names; write them as one.")
+        raise DataError(f"{name} has pages that are no list of file names; write them as one.")
     if len(value) < MIN_PAGES:
-        raise ExportError(
+        raise DataError(
             f"{name} lists {len(value)} page{'' if len(value) == 1 else 's'} but a ranking needs "
             f"{MIN_PAGES} or more; add candidates or remove the line."
         )
@@ -167,7 +174,7 @@ def _relevant(value: Any, num_pages: int, name: str) -> tuple[int, ...] | None:
         return None
     whole = isinstance(value, list) and all(type(index) is int for index in value)
     if not whole or len(set(value)) < len(value) or not set(value) <= set(range(num_pages)):
-        raise ExportError(
+        raise DataError(
             f"{name} has relevant = {json.dumps(value)}; give different 0-based positions in its "
             f"list of {num_pages} pages, or leave the column out."
         )
@@ -176,7 +183,7 @@ def _relevant(value: Any, num_pages: int, name: str) -> tuple[int, ...] | None:
 
 def _response(value: Any, name: str) -> str | None:
     if value is not None and not (isinstance(value, str) and value.strip()):
-        raise ExportError(
+        raise DataError(
             f"{name} has a response that is blank or no text; leave the column out and the model "
             "answers itself."
         )
@@ -189,72 +196,69 @@ def _require_files(file: Path, samples: Sequence[Sample]) -> None:
     if missing:
         first = ", ".join(f"{page} ({name})" for name, page in missing[:_NAMED])
         more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
-        raise ExportError(
+        raise DataError(
             f"{file} names pages that are not there: {first}{more}; give paths relative to the "
             "folder of that file."
         )
 
 
-def _foreign_responses(meta: Path, weights_sha256: str | None) -> bool:
-    if weights_sha256 is None or not meta.is_file():
-        return False
+def _written_by(meta: Path) -> object:
     try:
-        written_by = json.loads(meta.read_text(encoding="utf-8"))["weights_sha256"]
+        return json.loads(meta.read_text(encoding="utf-8"))["weights_sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ExportError(
+        raise DataError(
             f"{meta} does not say which weights wrote the responses ({error!r}); remove it, or "
             "add weights_sha256."
         ) from error
-    return bool(written_by != weights_sha256)
-
-
-def check_pages(samples: Sequence[Sample]) -> None:
-    """Decodes every distinct page once, so that a damaged one is found before hours of work.
-
-    Raises :class:`ExportError` naming the first page that cannot be read and its sample.
-    """
-    seen: set[Path] = set()
-    for sample in samples:
-        for index, page in enumerate(sample.pages):
-            if page not in seen:
-                with of_sample(sample):
-                    open_page(page, index=index)
-            seen.add(page)
 
 
 def choose(
     samples: Sequence[Sample], calibration: int, held_out: int, seed: int
 ) -> tuple[list[Sample], list[Sample]]:
-    """Draws ``calibration`` and ``held_out`` samples, disjoint, by a seeded shuffle.
+    """Draws ``calibration`` and ``held_out`` samples, disjoint in content, by a seeded shuffle.
 
-    The held-out ones come first in the shuffle: more calibration samples then leave them, and with
-    them every number measured on them, the same. Raises :class:`ExportError` when there are fewer
-    samples than that.
+    Of samples with the same question and the same pages, in whatever order, one is drawn at most:
+    what is measured on held-out samples must not have been calibrated on. The held-out ones come
+    first in the shuffle: more calibration samples then leave them, and with them every number
+    measured on them, the same. They lose a response that is not the model's own: what stands in
+    the data may be better or worse than the model, and it is the model an engine is held against.
+
+    Raises :class:`DataError` when there are fewer different samples than that or a page cannot be
+    read, ``ValueError`` for negative counts.
     """
-    if calibration < 1 or held_out < 0:
-        raise ExportError(
-            f"{calibration} calibration and {held_out} held-out samples were asked for; ask for 1 "
-            "or more, and 0 or more."
-        )
-    if len(samples) < calibration + held_out:
-        raise ExportError(
-            f"the calibration data has {len(samples)} samples but {calibration} to calibrate on "
-            f"and {held_out} held out were asked for; add data or lower --calib-samples."
-        )
+    if calibration < 0 or held_out < 0:
+        raise ValueError(f"{calibration} and {held_out} samples cannot be drawn; ask for 0 or more")
     # Sorting by hashes: no library's shuffle promises the same order in its next version.
     order = sorted(
         range(len(samples)), key=lambda i: hashlib.sha256(f"{seed} {i}".encode()).digest()
     )
-    drawn = [samples[index] for index in order[: calibration + held_out]]
-    return drawn[held_out:], drawn[:held_out]
+    wanted, page_hash = calibration + held_out, lru_cache(maxsize=None)(page_sha256)
+    drawn: dict[tuple[str, ...], Sample] = {}
+    for index in order:
+        if len(drawn) == wanted:
+            break
+        sample = samples[index]
+        content = (sample.query, *sorted(page_hash(page) for page in sample.pages))
+        drawn.setdefault(content, sample)
+    if len(drawn) < wanted:
+        repeated = len(samples) - len(drawn)
+        rest = f" that differ ({repeated} more repeat a question and its pages)" if repeated else ""
+        raise DataError(
+            f"the calibration data has {len(drawn)} samples{rest} but {calibration} to calibrate "
+            f"on and {held_out} held out were asked for; add data, or lower --calib-samples or "
+            "--held-out."
+        )
+    chosen = list(drawn.values())
+    kept_apart = [s if s.own else replace(s, response=None) for s in chosen[:held_out]]
+    return chosen[held_out:], kept_apart
 
 
 def page_sha256(page: Path) -> str:
-    """Hexadecimal sha256 of a page file; raises :class:`ExportError` when it cannot be read."""
+    """Hexadecimal sha256 of a page file; raises :class:`DataError` when it cannot be read."""
     try:
         return file_sha256(page)
     except OSError as error:
-        raise ExportError(
+        raise DataError(
             f"the page {page} cannot be read ({error}); check that the file is still there."
         ) from error
 

@@ -10,15 +10,18 @@ from unquantized layers; a few prompts are enough, and they stay in memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 
 import torch
 from torch import Tensor
 
+from mmr5_export.finite import is_finite
 from mmr5_export.layer_pass import GROUPS, LayerPass, group_linears
 from mmr5_export.quantize import quantize_linear
 from mmr5_export.sequential import Prepared, Walk, embed, read_layer
 from mmr5_kernels.layout import Format
 from mmr5_kernels.reference import noise_energy
+from mmr5_runtime.types import CheckpointError
 
 PROMPTS = 8
 
@@ -34,7 +37,8 @@ def measure_sensitivity(
     """Errors of every group of ``candidates`` in each of its formats, over the first prompts.
 
     A group without a choice is not measured, nor is bf16: both count as free of error. Raises
-    :class:`CheckpointError` for weights that are not finite.
+    :class:`CheckpointError` for weights that are not finite, and naming the layer or the group
+    whose output is not finite or too large to be compared.
     """
     samples = walk.calibration[:PROMPTS]
     states = list(embed(walk, samples))
@@ -45,6 +49,8 @@ def measure_sensitivity(
         original = LayerPass(walk.spec, index, dense, {}, walk.dtype, walk.device)
         after = _run(original, states, samples)
         del original
+        if not all(is_finite(state) for state in after):
+            raise _overflow(f"model.layers.{index} as it is")
         for group in GROUPS:
             name = f"model.layers.{index}.{group}"
             found[name] = {
@@ -81,9 +87,18 @@ def _error(
     for one, other in zip(expected, found, strict=True):
         sample_signal, sample_noise = noise_energy(one, other)
         signal, noise = signal + sample_signal, noise + sample_noise
+    if not (isfinite(signal) and isfinite(noise)):
+        raise _overflow(f"model.layers.{index} with {group} as {format.name}")
     return noise / max(signal, torch.finfo(torch.float32).tiny)
 
 
 def _run(layer: LayerPass, states: Sequence[Tensor], samples: Sequence[Prepared]) -> list[Tensor]:
     pairs = zip(states, samples, strict=True)
     return [layer.run(state, sample.prompt.positions).cpu() for state, sample in pairs]
+
+
+def _overflow(what: str) -> CheckpointError:
+    return CheckpointError(
+        f"what comes out of {what} is not finite over the first samples, or too large to be "
+        "squared; try --dtype float32 or other samples, or a --quant that measures nothing."
+    )

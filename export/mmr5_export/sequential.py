@@ -2,8 +2,9 @@
 
 Two sets of prompts travel from layer to layer, both as hidden states on disk::
 
-    calibration   runs through the layers as quantized so far, so that each layer is fitted to the
-                  input it will really get
+    calibration   runs through the layers as quantized so far: a layer sees the input it will really
+                  get, though its o_proj and down see what its own qkv and gate_up, still in the
+                  checkpoint's precision, make of it (all statistics of a layer come from one run)
     reference     held-out prompts through the layers as they were; what comes out at the end are
                   the logits that verification compares the engine with
 
@@ -14,12 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmr5_export.calibration import Prompt
 from mmr5_export.checkpoint import Checkpoint
+from mmr5_export.finite import require_finite
 from mmr5_export.hidden import HiddenStates
 from mmr5_export.journal import Journal
 from mmr5_export.layer_pass import LayerPass
@@ -27,7 +30,6 @@ from mmr5_export.layer_quant import quantize_layer
 from mmr5_kernels.layout import Format
 from mmr5_runtime.layers import RMSNorm
 from mmr5_runtime.spec import ModelSpec, tensor_shapes
-from mmr5_runtime.types import CheckpointError
 from mmr5_runtime.vision import VisionTower
 from mmr5_runtime.weights import Weights
 
@@ -83,30 +85,43 @@ def walk_decoder(
     layers = walk.spec.text.num_layers
     streams = [stream for stream in (CALIBRATION, REFERENCE) if walk.samples(stream)]
     if not journal.done("embed"):
-        for stream in streams:
-            hidden.write(_stage(stream, 0), embed(walk, walk.samples(stream)))
-        journal.finish("embed", None)
+        hashes = {
+            _stage(stream, 0): hidden.write(_stage(stream, 0), embed(walk, walk.samples(stream)))
+            for stream in streams
+        }
+        journal.finish("embed", None, hidden=hashes)
+    _expect(hidden, journal.hidden("embed"))
     for index in range(layers):
         step = f"layer-{index:02}"
         if not journal.done(step):
             hidden.keep_only(*(_stage(stream, index) for stream in streams))
-            report, tensors = _take_layer(walk, hidden, index)
-            journal.finish(step, report, tensors)
+            report, tensors, hashes = _take_layer(walk, hidden, index)
+            journal.finish(step, report, tensors, hashes)
+        _expect(hidden, journal.hidden(step))
         errors = [linear["error"] for linear in journal.result(step).values()]
         progress(index + 1, layers, max(errors, default=None))
     hidden.keep_only(_stage(REFERENCE, layers))
 
 
+def _expect(hidden: HiddenStates, stages: Mapping[str, Sequence[str]]) -> None:
+    for stage, hashes in stages.items():
+        hidden.expect(stage, hashes)
+
+
 def _take_layer(
     walk: Walk, hidden: HiddenStates, index: int
-) -> tuple[dict[str, object], dict[str, Tensor]]:
-    """Quantizes layer ``index``, if there is anything to calibrate with; advances all streams."""
+) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor], dict[str, list[str]]]:
+    """Quantizes layer ``index``, if there is anything to calibrate with; advances all streams.
+
+    Returns the report by linear, the tensors, and the sha256 of the new hidden states by stage.
+    """
+    hashes: dict[str, list[str]] = {}
     dense = read_layer(walk.checkpoint, index)
     original = LayerPass(walk.spec, index, dense, {}, walk.dtype, walk.device)
     if walk.reference:
-        _advance(walk, hidden, REFERENCE, index, original)
+        hashes |= _advance(walk, hidden, REFERENCE, index, original)
     if not walk.calibration:
-        return {}, {}
+        return {}, {}, hashes
     stats = original.observe(_weighted(walk, hidden, index))
     del original
     made = quantize_layer(walk.spec, index, dense, stats, walk.formats, walk.methods, walk.damp)
@@ -114,8 +129,9 @@ def _take_layer(
     if index + 1 < walk.spec.text.num_layers:
         stored = dict(dense) | dict(made.tensors)
         quantized = LayerPass(walk.spec, index, stored, walk.formats, walk.dtype, walk.device)
-        _advance(walk, hidden, CALIBRATION, index, quantized)
-    return {name: asdict(linear) for name, linear in made.report.items()}, dict(made.tensors)
+        hashes |= _advance(walk, hidden, CALIBRATION, index, quantized)
+    report = {name: asdict(linear) for name, linear in made.report.items()}
+    return report, dict(made.tensors), hashes
 
 
 def reference_logits(walk: Walk, hidden: HiddenStates, index: int) -> Tensor:
@@ -147,23 +163,15 @@ def read_layer(checkpoint: Checkpoint, index: int) -> dict[str, Tensor]:
     return tensors
 
 
-def require_finite(name: str, tensor: Tensor) -> None:
-    """Raises :class:`CheckpointError` when a tensor holds NaN or infinite values."""
-    # aminmax passes NaN on and, unlike isfinite, needs no mask as long as the tensor.
-    low, high = torch.aminmax(tensor)
-    if not (torch.isfinite(low) and torch.isfinite(high)):
-        raise CheckpointError(
-            f"{name} holds NaN or infinite values; download the checkpoint again."
-        )
-
-
-def _advance(walk: Walk, hidden: HiddenStates, stream: str, index: int, layer: LayerPass) -> None:
-    samples = walk.samples(stream)
+def _advance(
+    walk: Walk, hidden: HiddenStates, stream: str, index: int, layer: LayerPass
+) -> dict[str, list[str]]:
+    samples, after = walk.samples(stream), _stage(stream, index + 1)
 
     def step(sample: int, state: Tensor) -> Tensor:
         return layer.run(state, samples[sample].prompt.positions)
 
-    hidden.advance(_stage(stream, index), _stage(stream, index + 1), len(samples), step)
+    return {after: hidden.advance(_stage(stream, index), after, len(samples), step)}
 
 
 def _weighted(

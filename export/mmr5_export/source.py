@@ -13,7 +13,7 @@ MINI = "mini"
 DEFAULT_MODEL = "i2vec/MM-R5"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HUB_FILES = ("*.safetensors", "*.json", "*.jinja")
+_HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt")  # merges.txt of older tokenizers
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,20 @@ class Location:
     revision: str | None = None
 
 
-def locate(model: str, revision: str | None = None) -> Location:
+def locate(model: str, revision: str | None = None, *, download: bool = True) -> Location:
     """Finds ``model``: an existing folder, ``mini``, or a hub id, which is downloaded.
 
+    Without ``download`` a hub id is only looked up in the hub's cache.
+
     A folder is recorded by its own name only, so that the manifest does not depend on where it
-    lies. Raises :class:`ExportError` naming the alternatives when it cannot be had.
+    lies. Raises :class:`ExportError` naming the alternatives when it cannot be had, and
+    :class:`OptionError` for a revision of what has none.
     """
     folder = Path(model).expanduser()
     if revision is not None and (model == MINI or folder.is_dir()):
-        raise ExportError(
+        from mmr5_export.options import OptionError  # here: it loads torch, --help does without
+
+        raise OptionError(
             f"revision {revision} was given but {model} is no hub id; leave the revision out."
         )
     if model == MINI:
@@ -42,12 +47,17 @@ def locate(model: str, revision: str | None = None) -> Location:
         return Location(folder, folder.resolve().name)
     if folder.exists():
         raise ExportError(f"{model} is a file; pass the checkpoint folder that holds it.")
-    if not _HUB_ID.fullmatch(model):
+    if not is_hub_id(model):
         raise ExportError(
             f"there is no checkpoint folder {model}; pass an existing folder, {MINI}, or a hub id "
             f"such as {DEFAULT_MODEL}."
         )
-    return _download(model, revision)
+    return _fetch(model, revision, download)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether ``name`` has the form of a hub id, owner/model."""
+    return _HUB_ID.fullmatch(name) is not None
 
 
 def _mini() -> Location:
@@ -60,7 +70,7 @@ def _mini() -> Location:
     return Location(folder, MINI)
 
 
-def _download(model: str, revision: str | None) -> Location:
+def _fetch(model: str, revision: str | None, download: bool) -> Location:
     choices = f"pass a local checkpoint folder, or {MINI}, which ships with the package"
     try:
         from huggingface_hub import snapshot_download
@@ -70,10 +80,20 @@ def _download(model: str, revision: str | None) -> Location:
             f"'mmr5-runtime[export]' or {choices}."
         ) from error
     try:
-        path = snapshot_download(model, revision=revision, allow_patterns=list(_HUB_FILES))
+        path = snapshot_download(
+            model,
+            revision=revision,
+            allow_patterns=list(_HUB_FILES),
+            local_files_only=not download,
+        )
     except Exception as error:
         # The hub client lets through errors of its own, of its HTTP library and of the system;
         # all of them mean that the checkpoint cannot be had.
+        if not download:
+            raise ExportError(
+                f"{model} is no local folder and not in the hub's cache, and --dry-run downloads "
+                f"nothing; run hf download {model}, leave out --dry-run, or {choices}."
+            ) from error
         reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         raise ExportError(
             f"{model} is no local folder and cannot be fetched from the hub ({reason}); connect "

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from mmr5_export.agreement import reference_name
 from mmr5_runtime.artifact import Manifest
 
 
@@ -31,7 +33,7 @@ def summarize_sqnr(manifest: Manifest) -> SqnrSummary | None:
 
 def summary_lines(manifest: Manifest) -> list[str]:
     """What people want to know first about an engine that was just made."""
-    lines = []
+    lines = _token_lines(manifest.quant.calibration)
     if summary := summarize_sqnr(manifest):
         lines.append(
             f"SQNR of {summary.layers} quantized linears: median {summary.median_db:.1f} dB, "
@@ -42,15 +44,34 @@ def summary_lines(manifest: Manifest) -> list[str]:
         lines.append(f"not verified: {manifest.report.get('unverified')}")
         return lines
     tokens, ranks = found["tokens"], found["ranks"]
+    reference = reference_name(ranks["reference_by"])
     lines.append(
-        f"against the original on {ranks['lists']} held-out lists: first page "
+        f"against {reference} on {ranks['lists']} held-out lists: first page "
         f"{ranks['first_choice_agreement']:.1%}, whole order {ranks['order_agreement']:.1%} equal"
     )
     lines.append(
-        f"next token {tokens['next_token_agreement']:.2%} equal, KL {tokens['kl_nats']:.2e} nats, "
-        f"perplexity {tokens['reference_perplexity']:.4f} -> {tokens['perplexity']:.4f}"
+        f"against the original on the tokens of those answers: next token "
+        f"{tokens['next_token_agreement']:.2%} equal, KL {tokens['kl_nats']:.2e} nats, perplexity "
+        f"{_perplexity(tokens['reference_perplexity'])} -> {_perplexity(tokens['perplexity'])}"
     )
     return lines
+
+
+def _token_lines(calibration: Mapping[str, Any] | None) -> list[str]:
+    """How many tokens of each kind the export saw."""
+    if calibration is None:
+        return []
+    uses = (("calibrated on", "samples", "tokens"), ("held out", "held_out", "held_out_tokens"))
+    return [
+        f"{what} {calibration[count]} samples: {calibration[kinds]['visual']:,} tokens of pages, "
+        f"{calibration[kinds]['text']:,} of text, {calibration[kinds]['response']:,} of answers"
+        for what, count, kinds in uses
+        if calibration[count]
+    ]
+
+
+def _perplexity(value: float | None) -> str:
+    return "infinite" if value is None else f"{value:.4f}"
 
 
 def export_document(manifest: Manifest, output: Path, seconds: float) -> dict[str, Any]:

@@ -3,80 +3,104 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from mmr5_export.calibration import encode_prompt
+from mmr5_export.checkpoint import Checkpoint
 from mmr5_export.estimate import (
+    Loaded,
     Needs,
     Workload,
-    available_memory,
     check_disk,
     check_memory,
     estimate,
     gigabytes,
 )
 from mmr5_export.job import Job
+from mmr5_export.machine import available_memory, existing, measure_speed
+from mmr5_export.responses import GivenResponses, missing_answers
+from mmr5_kernels.layout import INT8_WEIGHT_ONLY, Format
 from mmr5_runtime.prompt import PromptTokenizer
 from mmr5_runtime.spec import decoder_linear_shapes, linear_shapes, parameter_count
 
 _DESCRIPTION_BYTES = 4 << 20  # manifest, report and card: a 7B report takes about 1 MB
-_EXPECTED_ANSWER = 256  # tokens of an answer that nobody has written yet
+_EXPECTED_ANSWER = 256  # tokens of an answer that nobody has written yet; for times only
 
 
 @dataclass(frozen=True)
 class Requirements:
     """``engine_bytes``: of the tensors; ``disk_bytes``: of all that is written at one time.
 
-    ``answering`` is the format of the model that writes the missing answers, None when there are
-    none: bf16, or int8-weight-only where bf16 would not fit on the device.
+    ``checkpoint_bytes`` of the latter are the checkpoint beside the engine. ``missing`` answers are
+    neither in the data nor kept from before. ``answering`` is the format of the model that writes
+    what the data does not have, None when it has all: bf16, or int8-weight-only where bf16 would
+    not fit on the device.
     """
 
     workload: Workload
     engine_bytes: int
     disk_bytes: int
+    checkpoint_bytes: int
     needs: Needs
+    missing: int
     answering: str | None
 
 
 def require(job: Job) -> Requirements:
     """Counts and estimates; every page of every sample is opened on the way.
 
-    Raises :class:`ExportError` naming a page that cannot be read, or a prompt that the context
-    cannot hold.
+    Raises :class:`DataError` naming a page that cannot be read, or a prompt that the context
+    cannot hold with its answer.
     """
-    work = _workload(job)
-    spec = job.spec
-    engine_bytes = job.plan().num_bytes
+    spec, plan = job.spec, job.plan()
+    engine_bytes = plan.num_bytes
     if job.recipe is not None and job.recipe.mixed is not None:
         engine_bytes += job.recipe.mixed.budget_bytes(spec)  # at most: nothing is chosen yet
-    dense = parameter_count(spec) * job.dtype.itemsize
-    answering, answering_bytes = ("bf16", dense) if work.to_answer else (None, 0)
-    loaded = engine_bytes + _widening(job)
-    needs = estimate(spec, work, loaded, answering_bytes, job.dtype, job.device)
-    free = job.options.free_memory or available_memory(job.device)
-    if answering and free is not None and needs.memory["answering"] > free:
-        linears = sum(prod(shape) for shape in decoder_linear_shapes(spec).values())
-        answering, answering_bytes = "int8-weight-only", dense - linears * (job.dtype.itemsize - 1)
-        needs = estimate(spec, work, loaded, answering_bytes, job.dtype, job.device)
+    engine = Loaded(engine_bytes + _widening(job), plan.formats)
+    speed = measure_speed(job.dtype, job.device)
+    lengths = _lengths(job)
+
+    def needed(quant: str, missing: int) -> tuple[Workload, Needs]:
+        work = _workload(job, lengths, missing)
+        model = _answering_model(job, quant)
+        return work, estimate(spec, work, engine, model, job.dtype, job.device, speed)
+
+    answering, missing = _answerer(job, "bf16")
+    work, needs = needed("bf16", missing)
+    if missing:
+        free = job.options.free_memory
+        free = available_memory(job.device) if free is None else free
+        if free is not None and needs.memory["answering"] > free:
+            answering, missing = _answerer(job, "int8-weight-only")
+            work, needs = needed("int8-weight-only", missing)
     # Calibrated layers are kept in the journal until the engine is published.
-    disk = (
-        engine_bytes * (2 if job.calibration else 1)
-        + sum(path.stat().st_size for path in job.copied)
-        + _DESCRIPTION_BYTES
+    disk = engine_bytes * (2 if job.calibration else 1) + _DESCRIPTION_BYTES + needs.spill_bytes
+    disk += sum(path.stat().st_size for path in job.copied)
+    checkpoint = parameter_count(spec) * 2 if job.options.checkpoint_out else 0  # at most
+    return Requirements(
+        work, engine_bytes, disk + checkpoint, checkpoint, needs, missing, answering
     )
-    disk += needs.spill_bytes
-    if job.options.checkpoint_out is not None:
-        disk += parameter_count(spec) * 2  # at most
-    return Requirements(work, engine_bytes, disk, needs, answering)
 
 
 def check(job: Job, required: Requirements) -> None:
     """Raises :class:`ResourceError` when memory or disk is too small for the job."""
     check_memory(required.needs, job.device, job.options.free_memory)
-    check_disk(job.output.absolute(), required.disk_bytes, job.options.free_bytes)
+    output, beside = job.output.absolute(), job.options.checkpoint_out
+    here, there = required.disk_bytes, required.checkpoint_bytes
+    if beside is not None and not _same_disk(output, beside.absolute()):
+        here -= there
+        check_disk(beside.absolute(), there, option="--checkpoint-out")
+    check_disk(output, here, job.options.free_bytes)
+
+
+def _same_disk(one: Path, other: Path) -> bool:
+    return existing(one).stat().st_dev == existing(other).stat().st_dev
 
 
 def _widening(job: Job) -> int:
@@ -85,20 +109,50 @@ def _widening(job: Job) -> int:
     return sum(tensor.num_bytes for tensor in dense) * (job.dtype.itemsize - 2) // 2
 
 
-def _workload(job: Job) -> Workload:
+def _answerer(job: Job, quant: str) -> tuple[str | None, int]:
+    """The format that answers what the data leaves open, and how many answers it has to write."""
+    if all(sample.response is not None for sample in job.samples):
+        return None, 0
+    return quant, missing_answers(job.samples, job.generator(quant), job.response_cache)
+
+
+def _answering_model(job: Job, quant: str) -> Loaded:
+    size = parameter_count(job.spec) * job.dtype.itemsize
+    if quant == "bf16":
+        return Loaded(size, {})
+    shapes = decoder_linear_shapes(job.spec)
+    saved = sum(prod(shape) for shape in shapes.values()) * (job.dtype.itemsize - 1)
+    formats: Mapping[str, Format] = dict.fromkeys(shapes, INT8_WEIGHT_ONLY)
+    return Loaded(size - saved, formats)
+
+
+def _lengths(job: Job) -> list[tuple[int, int | None]]:
+    """Tokens of every prompt, and of its answer where the data has one."""
+    if not job.samples:
+        return []
+    assert isinstance(job.checkpoint, Checkpoint)
     tokenizer = PromptTokenizer.from_file(job.checkpoint.folder / "tokenizer.json")
-    lengths, missing = [], 0
+    given, lengths = GivenResponses(job.checkpoint), []
     for sample in job.samples:
-        prompt = encode_prompt(sample, (), tokenizer, job.pixel_budget, job.spec)
-        answer = min(job.options.max_new_tokens, _EXPECTED_ANSWER)
-        missing += answer if sample.response is None else 0
-        lengths.append(len(prompt.token_ids) + answer)
+        text = sample.response
+        answer = () if text is None else given.respond(sample, text).token_ids
+        prompt = encode_prompt(sample, answer, tokenizer, job.pixel_budget, job.spec)
+        lengths.append((prompt.prompt_tokens, None if text is None else len(answer)))
+    return lengths
+
+
+def _workload(job: Job, lengths: list[tuple[int, int | None]], missing: int) -> Workload:
+    most, context = job.options.max_new_tokens, job.spec.text.max_position_embeddings
+    expected = min(most, _EXPECTED_ANSWER)
+    answers = [min(most if given is None else given, context - own) for own, given in lengths]
+    pairs = list(zip(lengths, answers, strict=True))
     methods = set(job.methods().values()) if job.calibration else set()
     return Workload(
         prompts=len(lengths),
-        tokens=sum(lengths),
-        longest=max(lengths, default=_EXPECTED_ANSWER),
-        to_answer=missing,
+        tokens=sum(own + (expected if given is None else given) for own, given in lengths),
+        longest=max((own + answer for (own, _), answer in pairs), default=_EXPECTED_ANSWER),
+        answer=max(answers, default=_EXPECTED_ANSWER),
+        to_answer=missing * expected,
         gptq=any("gptq" in method for method in methods),
         awq="awq" in methods,
         verify=bool(job.held_out),
@@ -110,7 +164,6 @@ def plan_lines(job: Job, required: Requirements) -> list[str]:
     plan, methods, work = job.plan(), job.methods(), required.workload
     kinds = Counter(f"{format.name} by {methods[name]}" for name, format in plan.formats.items())
     dense = len(linear_shapes(job.spec, plan.formats)) - len(plan.formats)
-    gigabyte = 1e9
     lines = [
         f"{job.location.name} as {job.quant}, on {job.device} in {str(job.dtype)[6:]}",
         *(f"  {count} linears {kind}" for kind, count in sorted(kinds.items())),
@@ -123,19 +176,48 @@ def plan_lines(job: Job, required: Requirements) -> list[str]:
             f"samples: {len(job.calibration)} to calibrate, {len(job.held_out)} held out; "
             f"about {work.tokens:,} tokens, longest prompt {work.longest:,}"
         )
-        known = sum(sample.response is not None for sample in job.samples)
+        given = sum(sample.response is not None for sample in job.samples)
+        kept = len(job.samples) - given - required.missing
         lines.append(
-            f"answers: {known} given, {len(job.samples) - known} to write"
-            + (f" with the model as {required.answering}" if required.answering else "")
+            f"answers: {given} given, {kept} known, {required.missing} to write"
+            + (f" with the model as {required.answering}" if required.missing else "")
         )
     lines += [
-        f"memory, {stage}: about {size / gigabyte:.1f} GB"
-        for stage, size in required.needs.memory.items()
+        f"memory, {stage}: about {gigabytes(size)}" for stage, size in required.needs.memory.items()
+    ]
+    lines += [
+        f"main memory, {stage}: about {gigabytes(size)}"
+        for stage, size in required.needs.host.items()
     ]
     lines.append(f"time: very roughly {_duration(required.needs.seconds)}, on a device left alone")
     if job.unverified:
         lines.append(f"not verified: {job.unverified}")
     return lines
+
+
+def plan_document(job: Job, required: Requirements) -> dict[str, Any]:
+    """The same as one JSON object; sizes in bytes."""
+    needs, work = required.needs, required.workload
+    return {
+        "model": job.location.name,
+        "quant": job.quant,
+        "device": str(job.device),
+        "dtype": str(job.dtype).removeprefix("torch."),
+        "formats": {name: format.name for name, format in job.plan().formats.items()},
+        "methods": job.methods(),
+        "engine_bytes": required.engine_bytes,
+        "disk_bytes": required.disk_bytes,
+        "memory_bytes": dict(needs.memory),
+        "main_memory_bytes": dict(needs.host),
+        "seconds": round(needs.seconds),
+        "samples": len(job.calibration),
+        "held_out": len(job.held_out),
+        "tokens": work.tokens,
+        "longest_prompt": work.longest,
+        "answers_missing": required.missing,
+        "answering": required.answering,
+        "unverified": job.unverified,
+    }
 
 
 def _duration(seconds: float) -> str:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
+from mmr5_export.estimate import ResourceError
 from mmr5_export.plan import Stored
-from mmr5_runtime.artifact import MANIFEST_NAME, partial_name
+from mmr5_runtime.artifact import partial_name
 from mmr5_runtime.types import ExportError
 
 _DTYPE_NAMES = {
@@ -96,22 +100,43 @@ class TensorWriter:
             file.close()
 
 
-def check_output(output: Path, force: bool) -> None:
-    """Raises :class:`ExportError` when ``output`` is there and must not, or cannot, be replaced.
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Writes a safetensors file of tensors on any device and returns its sha256.
 
-    Even ``force`` replaces only an engine folder or an empty one: a mistyped path must not cost
-    somebody's files.
+    It is on the disk when this returns. Raises ``OSError`` when the disk refuses it: safetensors'
+    own writer hides the reason, of which a full disk is one, in a text.
     """
-    if not (output.exists() or output.is_symlink()):
-        return
-    if not force:
-        raise ExportError(f"{output} exists already; choose another --output or pass --force.")
-    replaceable = output.is_dir() and not output.is_symlink()
-    if not replaceable or (any(output.iterdir()) and not (output / MANIFEST_NAME).is_file()):
-        raise ExportError(
-            f"{output} is not an engine folder, so --force does not replace it; choose another "
-            "--output or remove it yourself."
-        )
+    content = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return hashlib.sha256(content).hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Brings to the disk what a file holds, or which names a folder holds."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some network disks do not sync folders; they write names at once or not on demand.
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
+    finally:
+        os.close(handle)
+
+
+def sync_folder(folder: Path) -> None:
+    """Brings a folder and the files in it to the disk."""
+    for path in (*folder.iterdir(), folder):
+        sync(path)
+
+
+def disk_error(error: OSError, message: str) -> ExportError:
+    """The error to raise with ``message``: :class:`ResourceError` where the disk is full."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return (ResourceError if full else ExportError)(message)
 
 
 @contextmanager
@@ -128,6 +153,7 @@ def partial_folder(output: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
+        sync_folder(partial)
         replace_folder(partial, output)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -135,15 +161,20 @@ def partial_folder(output: Path) -> Iterator[Path]:
 
 
 def replace_folder(partial: Path, output: Path) -> None:
-    """Gives ``partial`` the name ``output``; a folder there is removed once that has worked."""
-    if not output.exists():
-        partial.rename(output)
-        return
+    """Gives ``partial`` the name ``output``; a folder there is removed once that has worked.
+
+    A process killed in between leaves the old one as ``PARTIAL-old``: the next call removes it, or
+    brings it back if it fails too.
+    """
     old = partial.with_name(f"{partial.name}-old")
-    output.rename(old)
+    if output.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        output.rename(old)
     try:
         partial.rename(output)
     except BaseException:
-        old.rename(output)
+        if old.exists():
+            old.rename(output)
         raise
-    shutil.rmtree(old)
+    sync(output.parent)
+    shutil.rmtree(old, ignore_errors=True)

@@ -15,15 +15,14 @@ from torch import Tensor
 
 from helpers.pictures import noise
 from mmr5_export import evaluate
+from mmr5_export.agreement import VerificationFailed
 from mmr5_export.evaluate import (
     HeldOut,
     Question,
     Reading,
-    VerificationFailed,
     encode_pages,
-    engine_logits,
     evaluate_engine,
-    prepare,
+    read_question,
 )
 from mmr5_runtime import Reranker
 from mmr5_runtime.loading import LoadedEngine, load_engine
@@ -59,7 +58,7 @@ def engines(tiny_engine: Callable[[str], Path]) -> Engines:
 
 
 def _read(loaded: LoadedEngine, longest: int = 0) -> Reading:
-    question = prepare(loaded, QUERY, _pages(), LIMIT)
+    question = read_question(loaded, QUERY, _pages(), LIMIT)
     return Reading(loaded, question, encode_pages(loaded, question), longest)
 
 
@@ -127,10 +126,11 @@ def test_a_confirmed_response_takes_no_step_of_its_own(
 @pytest.mark.parametrize("quant", ["bf16", "int8", "int4"])
 def test_logits_are_those_of_one_pass_and_of_single_steps(engines: Engines, quant: str) -> None:
     loaded = engines(quant)
-    question = prepare(loaded, QUERY, _pages(), LIMIT)
+    question = read_question(loaded, QUERY, _pages(), LIMIT)
     embeddings = encode_pages(loaded, question)
-    response = list(Reading(loaded, question, embeddings).answer().token_ids)
-    found = engine_logits(loaded, question.token_ids, question.grids, embeddings, response)
+    reading = Reading(loaded, question, embeddings)
+    response = list(reading.answer().token_ids)
+    found = reading.logits(response)
     assert found.shape == (LIMIT, loaded.engine.spec.text.vocab_size)
     assert found.dtype == torch.float32
     whole = _one_pass(loaded, question, embeddings, response)
@@ -153,7 +153,7 @@ def _one_pass(
 def _held_out(original: LoadedEngine, count: int = 2) -> list[HeldOut]:
     samples = []
     for index in range(count):
-        question = prepare(original, f"{QUERY} {index}", _pages(), LIMIT)
+        question = read_question(original, f"{QUERY} {index}", _pages(), LIMIT)
         reading = Reading(original, question, encode_pages(original, question))
         logits, answer = reading.follow(reading.answer().token_ids)
         samples.append(
@@ -177,6 +177,15 @@ def test_an_engine_agrees_with_itself(engines: Engines) -> None:
     assert found.tokens.total.tokens == 2 * LIMIT
     assert found.ranks.order_agreement == found.ranks.tau == 1.0
     assert done == [1, 2]
+    assert found.ranks.reference_by == "bf16"
+
+
+def test_a_copy_that_answered_for_the_original_is_named(engines: Engines) -> None:
+    first, second = _held_out(engines("bf16"))
+    copied = dataclasses.replace(second, reference_by="int8-weight-only")
+    found = evaluate_engine(engines("bf16"), [first, copied])
+    assert [sample.reference_by for sample in found.ranks.samples] == ["bf16", "int8-weight-only"]
+    assert found.ranks.reference_by == found.ranks.to_json()["reference_by"] == "int8-weight-only"
 
 
 def test_quantization_shows(engines: Engines) -> None:
@@ -206,7 +215,7 @@ def test_nothing_to_score_is_an_error(engines: Engines) -> None:
 
 def test_an_answer_ends_where_the_context_does(engines: Engines) -> None:
     loaded = engines("bf16")
-    question = prepare(loaded, QUERY, _pages(), LIMIT)
+    question = read_question(loaded, QUERY, _pages(), LIMIT)
     cramped = dataclasses.replace(loaded, context=len(question.token_ids) + 5)
     reading = Reading(cramped, question, encode_pages(loaded, question), longest=LIMIT)
     own = reading.answer()

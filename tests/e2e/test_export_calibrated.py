@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from mmr5_runtime.types import ExportError
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_samples(tmp_path_factory.mktemp("data"), 12, responses=True)
+def data(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_samples(tmp_path_factory.mktemp("data"), 12, own_of=tiny_checkpoint)
 
 
 def run(checkpoint: Path, data: Path, quant: str | None, output: Path, **options: Any) -> Manifest:
@@ -60,12 +61,31 @@ def test_int4_by_gptq_is_the_default_and_describes_itself(gptq: Path) -> None:
 def test_equal_exports_have_equal_bytes(
     gptq: Path, tiny_checkpoint: Path, data: Path, tmp_path: Path
 ) -> None:
-    run(tiny_checkpoint, data, "int4", tmp_path / "engine")
-    found, expected = tree_hashes(tmp_path / "engine"), tree_hashes(gptq)
-    described = {"report.json", "README.md", "mmr5_engine.json"}  # --quant int4 stands in these
-    assert {name: found[name] for name in found if name not in described} == {
-        name: expected[name] for name in expected if name not in described
-    }
+    elsewhere = tmp_path / "elsewhere" / data.name
+    shutil.copytree(data, elsewhere)
+    run(tiny_checkpoint, elsewhere, None, tmp_path / "engine")
+    assert tree_hashes(tmp_path / "engine") == tree_hashes(gptq)
+    command = json.loads((gptq / "report.json").read_text())["command"]
+    assert f"--calib-data {data.name} " in command and str(data.parent) not in command
+
+
+def test_the_original_answers_for_itself_where_the_data_has_other_words(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    given = write_samples(tmp_path / "given", 12, responses=True)
+    cache = tmp_path / "answers.jsonl"
+    run(tiny_checkpoint, given, "int4", tmp_path / "engine", response_cache=cache)
+    report = json.loads((tmp_path / "engine" / "report.json").read_text())
+    calibration, ranks = report["calibration"], report["verification"]["ranks"]
+    assert calibration["answers_given"] == 6 and calibration["answers_generated"] == 3
+    assert calibration["answers_by"] == ranks["reference_by"] == "bf16"
+    answers = [json.loads(line) for line in cache.read_text().splitlines()]
+    assert [sample["reference"]["order"] for sample in ranks["samples"]] == [
+        answer["order"] for answer in answers
+    ]
+    written = sum(len(answer["token_ids"]) for answer in answers)
+    assert report["verification"]["tokens"]["tokens"] == written
+    assert calibration["held_out_tokens"]["response"] == written
 
 
 def test_gptq_loses_less_at_the_outputs_than_rounding(
@@ -148,7 +168,10 @@ def test_mixed_precision_keeps_its_budget(
             )
     assert 4.0 < 8 * size / weights <= 5.5
     report = json.loads((tmp_path / "engine" / "report.json").read_text())
-    assert report["calibration"]["sensitivity"]["model.layers.0.qkv"]["int4"] > 0
+    assert report["sensitivity"]["model.layers.0.qkv"]["int4"] > 0
+    described = (manifest.quant.calibration, manifest.report, report["calibration"])
+    assert "sensitivity" not in json.dumps(described)
+    assert "sensitivity" not in (tmp_path / "engine" / "README.md").read_text()
 
 
 def test_a_missed_threshold_keeps_the_engine_aside(

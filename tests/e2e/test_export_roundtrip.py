@@ -29,9 +29,10 @@ def made(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """A folder with an int4 GPTQ engine and the checkpoint written beside it."""
     folder = tmp_path_factory.mktemp("made")
     options = ExportOptions(
-        calib_data=write_samples(folder / "data", 12, responses=True),
+        calib_data=write_samples(folder / "data", 12, own_of=tiny_checkpoint),
         calib_samples=4,
         held_out=2,
+        max_new_tokens=8,  # random weights never stop
         checkpoint_out=folder / "checkpoint",
     )
     export(tiny_checkpoint, "int4", folder / "engine", options)
@@ -78,7 +79,7 @@ def test_the_checkpoint_comes_back_as_the_same_engine(made: Path, tmp_path: Path
 
 
 def test_a_quantized_checkpoint_is_not_quantized_again(made: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"taken over as it is; leave out --quant and --method"):
+    with pytest.raises(ExportError, match=r"taken over as it is.*leave out --quant and --method"):
         export(made / "checkpoint", "int4", tmp_path / "engine", ExportOptions(method="gptq"))
     assert not list(tmp_path.iterdir())
 
@@ -115,11 +116,12 @@ def test_a_dry_run_writes_nothing_and_says_what_would_be(
 def test_exit_statuses(made: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     output = ("--output", tmp_path / "engine")
     model = ("--model", tiny_checkpoint)
-    data = ("--calib-data", made / "data", "--held-out", "2")
+    data = ("--calib-data", made / "data", "--held-out", "2", "--max-new-tokens", "8")
     assert run(*model, *output, "--damp", "7").returncode == 2
     assert run(*model, *output, "--quant", "int3").returncode == 2
-    assert run(*model, *output).returncode == 1  # no calibration data
-    assert run(*model, *output, *data).returncode == 1  # fewer than 128 samples
+    assert run(*model, *output).returncode == 2  # int4 without calibration data
+    assert run(*model, *output, *data).returncode == 3  # fewer than 128 samples
+    assert run("--model", tmp_path / "nowhere", *output).returncode == 1
     empty = tmp_path / "empty"
     empty.mkdir()
     assert run("--model", empty, *output).returncode == 3
@@ -139,21 +141,22 @@ def test_a_changed_option_does_not_resume(
         raise KeyboardInterrupt
 
     options: dict[str, Any] = {"calib_data": made / "data", "calib_samples": 4, "held_out": 2}
+    options["max_new_tokens"] = 8
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(pipeline, "make_engine", cut)
         export(tiny_checkpoint, "int4", tmp_path / "engine", ExportOptions(**options))
     before = tree_hashes(tmp_path)
     assert any("layer-02" in name for name in before)
     changes: tuple[tuple[dict[str, Any], str], ...] = (
-        ({"damp": 0.05}, "recipe was"),
-        ({"seed": 9}, "options was"),
-        ({"held_out": 1}, "options was"),
+        ({"damp": 0.05}, r"recipe\.quant\.damp was 0\.01 and is now 0\.05"),
+        ({"seed": 9}, r"options\.seed was 0 and is now 9"),
+        ({"held_out": 1}, r"options\.held_out was 2 and is now 1"),
     )
     for changed, message in changes:
         with pytest.raises(ExportError, match=f"cannot be resumed because .*{message}"):
             again = ExportOptions(**{**options, **changed}, resume=True)
             export(tiny_checkpoint, "int4", tmp_path / "engine", again)
-    with monkeypatch.context() as patched, pytest.raises(ExportError, match="versions was"):
+    with monkeypatch.context() as patched, pytest.raises(ExportError, match=r"versions\.torch"):
         patched.setattr("mmr5_export.job.tool_versions", lambda: {"torch": "0.1"})
         export(tiny_checkpoint, "int4", tmp_path / "engine", ExportOptions(**options, resume=True))
     assert tree_hashes(tmp_path) == before

@@ -9,20 +9,15 @@ import torch
 from PIL import Image
 
 from helpers.pictures import noise
-from mmr5_export.calibration import (
-    Sample,
-    TokenCounts,
-    encode,
-    encode_prompt,
-    pixel_values,
-)
+from mmr5_export.calibration import TokenCounts, encode_prompt, pixel_values
 from mmr5_export.checkpoint import open_checkpoint
-from mmr5_export.responses import Generator, Responder
+from mmr5_export.generator import Generator
+from mmr5_export.responses import Responder
+from mmr5_export.samples import DataError, Sample
 from mmr5_runtime.image import PixelBudget, preprocess
 from mmr5_runtime.loading import LoadedEngine
 from mmr5_runtime.model import embed_prompt, prefill
 from mmr5_runtime.rope import mrope_positions
-from mmr5_runtime.types import ExportError
 
 SIZES = ((60, 90), (200, 40), (84, 84))
 
@@ -45,14 +40,8 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
 def test_teacher_forcing_gives_the_generated_answer(loaded: LoadedEngine, sample: Sample) -> None:
     response = Responder(loaded, max_new_tokens=24).respond(sample)
     spec, model = loaded.engine.spec, loaded.engine.model
-    prompt, pages = encode(
-        sample,
-        response.token_ids,
-        loaded.tokenizer,
-        loaded.budget,
-        loaded.image_settings,
-        spec,
-    )
+    prompt = encode_prompt(sample, response.token_ids, loaded.tokenizer, loaded.budget, spec)
+    pages = pixel_values(sample, loaded.budget, loaded.image_settings)
     embedded = [
         loaded.engine.encode_page(pixels, grid)
         for pixels, grid in zip(pages, prompt.grids, strict=True)
@@ -109,13 +98,13 @@ def test_no_answer_is_a_prompt_alone(loaded: LoadedEngine, sample: Sample) -> No
 def test_what_does_not_fit_names_the_sample(loaded: LoadedEngine, sample: Sample) -> None:
     spec, tokenizer = loaded.engine.spec, loaded.tokenizer
     context = spec.text.max_position_embeddings
-    with pytest.raises(ExportError, match="line 7: prompt and response take .* shorten"):
+    with pytest.raises(DataError, match="line 7: prompt and response take .* shorten"):
         encode_prompt(sample, [5] * context, tokenizer, loaded.budget, spec)
     large = PixelBudget(28 * 28 * context, 28 * 28 * context)
-    with pytest.raises(ExportError, match="line 7: the prompt needs .* pass fewer pages"):
+    with pytest.raises(DataError, match="line 7: the prompt needs .* pass fewer pages"):
         encode_prompt(sample, [5], tokenizer, large, spec)
     reserved = Sample(sample.name, "a <|im_end|> b", sample.pages)
-    with pytest.raises(ExportError, match="line 7: the question contains the reserved token"):
+    with pytest.raises(DataError, match="line 7: the question contains the reserved token"):
         encode_prompt(reserved, [5], tokenizer, loaded.budget, spec)
 
 
@@ -123,7 +112,7 @@ def test_a_page_that_went_away_names_the_sample(
     loaded: LoadedEngine, sample: Sample, tmp_path: Path
 ) -> None:
     gone = Sample(sample.name, sample.query, (sample.pages[0], tmp_path / "gone.png"))
-    with pytest.raises(ExportError, match=r"line 7: .*gone\.png"):
+    with pytest.raises(DataError, match=r"line 7: .*gone\.png"):
         encode_prompt(gone, [5], loaded.tokenizer, loaded.budget, loaded.engine.spec)
-    with pytest.raises(ExportError, match=r"line 7: .*gone\.png"):
+    with pytest.raises(DataError, match=r"line 7: .*gone\.png"):
         pixel_values(gone, loaded.budget, loaded.image_settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmr5_export.samples import Sample, check_pages, choose, read_samples, samples_sha256
-from mmr5_runtime.types import ExportError
+from mmr5_export.samples import DataError, Sample, choose, read_samples, samples_sha256
 
 ROW: dict[str, Any] = {"query": "Which?", "pages": ["a.png", "b.png"]}
 
@@ -71,13 +71,13 @@ def test_reads_a_folder(folder: Path) -> None:
     ],
 )
 def test_refuses_a_row(folder: Path, row: Any, words: str) -> None:
-    with pytest.raises(ExportError, match=words):
+    with pytest.raises(DataError, match=words):
         read_samples(write(folder, ROW, row))
 
 
 def test_names_the_first_missing_pages(folder: Path) -> None:
     rows = [{**ROW, "pages": ["a.png", f"gone-{number}.png"]} for number in range(5)]
-    with pytest.raises(ExportError, match=r"gone-0\.png \(samples.jsonl line 1\).* and 2 more;"):
+    with pytest.raises(DataError, match=r"gone-0\.png \(samples.jsonl line 1\).* and 2 more;"):
         read_samples(write(folder, *rows))
 
 
@@ -87,29 +87,19 @@ def test_names_the_first_missing_pages(folder: Path) -> None:
 def test_refuses_a_file(tmp_path: Path, content: bytes, words: str) -> None:
     file = tmp_path / "data.jsonl"
     file.write_bytes(content)
-    with pytest.raises(ExportError, match=words):
+    with pytest.raises(DataError, match=words):
         read_samples(file)
 
 
 def test_refuses_a_source(folder: Path) -> None:
-    with pytest.raises(ExportError, match="there is no calibration data at"):
+    with pytest.raises(DataError, match="there is no calibration data at"):
         read_samples(folder / "nothing")
-    with pytest.raises(ExportError, match="holds no jsonl file"):
+    with pytest.raises(DataError, match="holds no jsonl file"):
         read_samples(folder)
     write(folder, ROW, name="one.jsonl")
     write(folder, ROW, name="two.jsonl")
-    with pytest.raises(ExportError, match=r"several jsonl files \(one.jsonl, two.jsonl\)"):
+    with pytest.raises(DataError, match=r"several jsonl files \(one.jsonl, two.jsonl\)"):
         read_samples(folder)
-
-
-def test_a_damaged_page_names_sample_and_file(folder: Path) -> None:
-    whole = (folder / "b.png").read_bytes()
-    (folder / "b.png").write_bytes(whole[:-30])
-    samples = read_samples(write(folder, ROW))
-    with pytest.raises(ExportError, match="line 1: .*b.png.*damaged or truncated"):
-        check_pages(samples)
-    (folder / "b.png").write_bytes(whole)
-    check_pages(samples)
 
 
 def test_responses_of_other_weights_are_left_out(folder: Path) -> None:
@@ -118,19 +108,20 @@ def test_responses_of_other_weights_are_left_out(folder: Path) -> None:
     for weights, response in ((None, "text"), ("mine", "text"), ("yours", None)):
         (sample,) = read_samples(file, weights)
         assert (sample.response, sample.relevant) == (response, (0,))
+        assert sample.own == (weights == "mine")
     (folder / "meta.json").write_text("{}")
-    with pytest.raises(ExportError, match="does not say which weights"):
+    with pytest.raises(DataError, match="does not say which weights"):
         read_samples(file, "mine")
     write(folder, ROW)  # nothing to tell apart: anybody may keep a meta.json beside their data
     assert len(read_samples(file, "mine")) == 1
 
 
 def _samples(count: int) -> list[Sample]:
-    return [Sample(f"line {number}", "Which?", ()) for number in range(count)]
+    return [Sample(f"line {number}", f"Which {number}?", ()) for number in range(count)]
 
 
 @given(
-    calibration=st.integers(1, 20),
+    calibration=st.integers(0, 20),
     held_out=st.integers(0, 10),
     spare=st.integers(0, 10),
     seed=st.integers(0, 2**32),
@@ -154,10 +145,47 @@ def test_more_calibration_samples_leave_the_held_out_ones() -> None:
 
 
 def test_too_few_samples() -> None:
-    with pytest.raises(ExportError, match="has 9 samples but 8 to calibrate on and 2 held out"):
+    with pytest.raises(DataError, match="has 9 samples but 8 to calibrate on and 2 held out"):
         choose(_samples(9), 8, 2, seed=0)
-    with pytest.raises(ExportError, match="0 calibration"):
-        choose(_samples(9), 0, 2, seed=0)
+    with pytest.raises(DataError, match="has 9 samples but 0 to calibrate on and 10 held out"):
+        choose(_samples(9), 0, 10, seed=0)
+    with pytest.raises(ValueError, match="-1 and 2 samples"):
+        choose(_samples(9), -1, 2, seed=0)
+
+
+@given(copies=st.lists(st.integers(0, 4), min_size=3, max_size=12), seed=st.integers(0, 2**32))
+def test_what_is_measured_on_is_never_calibrated_on(copies: list[int], seed: int) -> None:
+    samples = [Sample(f"line {at}", f"Which {query}?", ()) for at, query in enumerate(copies)]
+    different = len(set(copies))
+    first, second = choose(samples, different - 1, 1, seed)
+    assert {sample.query for sample in first}.isdisjoint(sample.query for sample in second)
+    assert len({sample.query for sample in first + second}) == different
+    repeated = len(copies) - different
+    rest = rf" that differ \({repeated} more repeat" if repeated else " but"
+    with pytest.raises(DataError, match=f"has {different} samples{rest}"):
+        choose(samples, different, 1, seed)
+
+
+def test_equal_pages_in_other_files_and_another_order_are_the_same(folder: Path) -> None:
+    (folder / "c.png").write_bytes((folder / "a.png").read_bytes())
+    rows = [ROW, {**ROW, "pages": ["b.png", "c.png"]}, {**ROW, "query": "Who?"}]
+    samples = read_samples(write(folder, *rows))
+    first, second = choose(samples, 1, 1, seed=0)
+    assert {first[0].query, second[0].query} == {"Which?", "Who?"}
+    with pytest.raises(DataError, match=r"2 samples that differ \(1 more"):
+        choose(samples, 2, 1, seed=0)
+    (folder / "b.png").unlink()
+    with pytest.raises(DataError, match=r"b\.png cannot be read"):
+        choose(samples, 1, 1, seed=0)
+
+
+def test_only_the_models_own_answer_stays_with_a_held_out_sample() -> None:
+    given_answers = [replace(sample, response="text") for sample in _samples(9)]
+    first, second = choose(given_answers, 5, 4, seed=0)
+    assert [sample.response for sample in first] == ["text"] * 5
+    assert [sample.response for sample in second] == [None] * 4
+    own = [replace(sample, own=True) for sample in given_answers]
+    assert [sample.response for sample in choose(own, 5, 4, seed=0)[1]] == ["text"] * 4
 
 
 def test_hash_covers_content_and_not_place(folder: Path, tmp_path: Path) -> None:
@@ -176,5 +204,5 @@ def test_hash_covers_content_and_not_place(folder: Path, tmp_path: Path) -> None
     ]
     assert len({reference, *changed}) == 5
     moved.unlink()
-    with pytest.raises(ExportError, match="page.png cannot be read"):
+    with pytest.raises(DataError, match="page.png cannot be read"):
         samples_sha256([there], [[1, 2]])

@@ -19,9 +19,10 @@ from mmr5_bench.minidocs.calibration import (
 )
 from mmr5_bench.minidocs.lists import HELD_OUT_SEEDS, TRAIN_SEEDS, held_out_cases
 from mmr5_bench.minidocs.vocabulary import KINDS, TOPICS, is_held_out
-from mmr5_export.calibration import Sample, check_pages, choose, read_samples, shipped_set
 from mmr5_export.checkpoint import open_checkpoint
-from mmr5_export.responses import Generator, respond, weights_sha256
+from mmr5_export.generator import Generator, weights_sha256
+from mmr5_export.responses import respond
+from mmr5_export.samples import Sample, choose, read_samples, shipped_set
 from mmr5_export.source import locate
 from mmr5_runtime.answer import parse_answer
 from mmr5_runtime.artifact import file_sha256
@@ -55,8 +56,9 @@ def test_it_is_what_the_writer_plans(samples: list[Sample]) -> None:
 
 
 def test_every_page_opens_and_none_is_left_over(samples: list[Sample]) -> None:
-    check_pages(samples)
     used = {page for sample in samples for page in sample.pages}
+    for page in used:
+        open_page(page)
     assert used == set((shipped_set() / "pages").iterdir())
     assert len(used) == len(pool_pairs())
 
@@ -116,6 +118,11 @@ def test_answers_are_what_mini_decodes(samples: list[Sample], generator: Generat
     fresh = respond([replace(sample, response=None) for sample in shipped], generator)
     assert respond(shipped, generator) == fresh
     assert [made.text for made in fresh] == [sample.response for sample in shipped]
+
+
+def test_held_out_answers_are_kept_because_they_are_its_own(samples: list[Sample]) -> None:
+    _, held_out = choose(samples, 128, 32, seed=0)
+    assert all(sample.own and sample.response for sample in held_out)
 
 
 def test_answers_are_left_out_for_other_weights() -> None:

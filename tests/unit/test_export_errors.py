@@ -18,6 +18,7 @@ from helpers.exporting import quick_export
 from helpers.tiny import make_hf_model, tiny_configs, write_checkpoint
 from mmr5_export import export
 from mmr5_export.estimate import ResourceError
+from mmr5_export.options import OptionError
 from mmr5_runtime.types import CheckpointError, ExportError, Mmr5Error
 
 WEIGHTS = "model.safetensors"
@@ -193,13 +194,13 @@ def test_a_tokenizer_with_another_image_token(checkpoint: Path) -> None:
 
 def test_an_unknown_quantization(checkpoint: Path) -> None:
     assert "there is no recipe 'int3'; choose one of bf16" in refusal(
-        ExportError, checkpoint, "int3"
+        OptionError, checkpoint, "int3"
     )
 
 
 @pytest.mark.parametrize(("low", "high"), [(100, None), (None, 1000), (-1, 5000)])
 def test_a_pixel_budget_that_is_none(checkpoint: Path, low: int | None, high: int | None) -> None:
-    message = refusal(ExportError, checkpoint, min_pixels=low, max_pixels=high)
+    message = refusal(OptionError, checkpoint, min_pixels=low, max_pixels=high)
     assert "are no pixel budget" in message
 
 
@@ -225,7 +226,7 @@ def test_a_disk_that_is_too_small(checkpoint: Path) -> None:
 
 def test_a_memory_that_is_too_small(checkpoint: Path) -> None:
     message = refusal(ResourceError, checkpoint, free_memory=100_000_000)
-    assert "stage needs about" in message and "0.1 GB are free" in message
+    assert "stage needs about" in message and "0.10 GB are free" in message
 
 
 def test_an_output_that_cannot_be_written(checkpoint: Path, tmp_path: Path) -> None:
@@ -251,7 +252,7 @@ def test_a_file_instead_of_a_folder(checkpoint: Path) -> None:
 
 
 def test_a_revision_of_a_folder(checkpoint: Path) -> None:
-    assert "is no hub id" in refusal(ExportError, checkpoint, revision="main")
+    assert "is no hub id" in refusal(OptionError, checkpoint, revision="main")
 
 
 @pytest.mark.parametrize("force", [False, True])

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.synthetic7b import config_7b
-from mmr5_export.plan import Stored, check_disk, linear_formats, make_plan
+from mmr5_export.plan import Stored, make_plan
 from mmr5_export.processor import image_settings, pixel_budget, read_processor
+from mmr5_export.recipe import load_recipe
 from mmr5_export.source import MINI, locate
 from mmr5_export.write import TensorWriter, partial_folder
 from mmr5_runtime.artifact import PixelRange
 from mmr5_runtime.spec import ModelSpec
-from mmr5_runtime.types import ExportError
 
 SETTINGS: dict[str, Any] = {
     "image_mean": [0.5, 0.4, 0.3],
@@ -62,7 +62,7 @@ def test_both_files_of_image_settings(tmp_path: Path, spec_7b: ModelSpec) -> Non
 # Parameters of the published 7B: 7.6 billion in the language model, 0.7 in the vision tower.
 @pytest.mark.parametrize(("quant", "gigabytes"), [("bf16", 16.6), ("int8", 9.5), ("int4", 6.4)])
 def test_the_plan_of_the_whole_7b(spec_7b: ModelSpec, quant: str, gigabytes: float) -> None:
-    plan = make_plan(spec_7b, linear_formats(spec_7b, quant))
+    plan = make_plan(spec_7b, load_recipe(quant).formats(spec_7b))
     assert plan.num_bytes == pytest.approx(gigabytes * 1e9, rel=0.01)
     assert len(plan.formats) == (0 if quant == "bf16" else 28 * 7 + 1)
     files: dict[str, int] = {}
@@ -72,16 +72,6 @@ def test_the_plan_of_the_whole_7b(spec_7b: ModelSpec, quant: str, gigabytes: flo
     assert list(files) == sorted(files) and next(iter(files)).endswith(
         f"-of-{len(files):05}.safetensors"
     )
-
-
-def test_the_disk_check_counts_copied_files(spec_7b: ModelSpec, tmp_path: Path) -> None:
-    plan = make_plan(spec_7b, linear_formats(spec_7b, "int4"))
-    copied = tmp_path / "tokenizer.json"
-    copied.write_bytes(b"0" * 5000)
-    enough = plan.num_bytes + 5000 + (1 << 20)
-    check_disk(tmp_path / "a" / "b", plan, [copied], free=enough)
-    with pytest.raises(ExportError, match=r"needs 6.35 GB but the disk of .* has 6.35 GB free"):
-        check_disk(tmp_path / "a" / "b", plan, [copied], free=enough - 1)
 
 
 def test_the_writer_takes_planned_tensors_in_any_order(tmp_path: Path) -> None:

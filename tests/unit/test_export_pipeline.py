@@ -147,7 +147,9 @@ def test_the_manifest_describes_the_folder(tiny_checkpoint: Path, tmp_path: Path
     assert read.template_sha256 == template_sha256()
     assert read.pixel_budget == PixelRange(3136, 12845056)
     assert read.image_settings["patch_size"] == read.spec.vision.patch_size
-    assert {"torch", "mmr5-runtime", "python", "safetensors"} == read.created_by.keys()
+    assert {
+        "torch", "mmr5-runtime", "python", "safetensors", "numpy", "pillow", "tokenizers"
+    } == read.created_by.keys()  # fmt: skip
     assert read.spec == open_checkpoint(tiny_checkpoint).spec
     for name in ("config.json", "tokenizer.json", "generation_config.json"):
         assert (tmp_path / "engine" / name).read_bytes() == (tiny_checkpoint / name).read_bytes()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import sys
 from typing import Any
 
@@ -213,3 +215,32 @@ def test_missing_library_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "compressed_tensors.quantization", None)
     with pytest.raises(ExportError, match=r"llmcompressor.*mmr5-runtime\[export\]"):
         gptq(weight, hessian, INT4, name="x")
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_the_librarys_untested_gpu_kernel_is_off_while_it_solves(
+    monkeypatch: pytest.MonkeyPatch, before: str | None
+) -> None:
+    from llmcompressor.modifiers.gptq import gptq_quantize
+
+    switch, seen = "LLMCOMPRESSOR_DISABLE_GPTQ_TRITON", []
+    monkeypatch.delenv(switch, raising=False)
+    if before is not None:
+        monkeypatch.setenv(switch, before)
+    solver: Any = gptq_quantize.quantize_weight
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        seen.append(os.environ.get(switch))
+        return solver(*arguments, **options)
+
+    monkeypatch.setattr(gptq_quantize, "quantize_weight", watched)
+    weight, hessian = problem(8, 128, seed=15)
+    gptq(weight, hessian, INT4, name="x")
+    assert seen == ["1"] and os.environ.get(switch) == before
+
+
+def test_an_output_too_large_to_be_summed_has_no_error() -> None:
+    weight, hessian = problem(8, 128, seed=16)
+    parts, _ = quantize_linear(weight, INT4)
+    assert math.isnan(rtn_error(weight, hessian * 1e37, parts, INT4))
+    assert rtn_error(weight, hessian * 0, parts, INT4) == 0.0

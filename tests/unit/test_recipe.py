@@ -11,10 +11,11 @@ import pytest
 
 from helpers.tiny import tiny_configs
 from mmr5_export.mixed import choose_mixed, group_bytes, layer_groups
+from mmr5_export.options import OptionError
 from mmr5_export.recipe import METHODS, RECIPES, LayerRule, Mixed, Recipe, load_recipe
 from mmr5_kernels.layout import FP8, INT4, INT8, INT8_WEIGHT_ONLY, Format
 from mmr5_runtime.spec import ModelSpec, decoder_linear_shapes, vision_linear_shapes
-from mmr5_runtime.types import CheckpointError, ExportError
+from mmr5_runtime.types import CheckpointError
 
 DOWN = "model.layers.0.mlp.down_proj"
 
@@ -195,7 +196,7 @@ def test_mixed_choice_from_candidates_to_formats() -> None:
     ],
 )
 def test_rules_that_do_not_fit_the_model(rules: list[LayerRule], message: str) -> None:
-    with pytest.raises(ExportError, match=message) as raised:
+    with pytest.raises(OptionError, match=message) as raised:
         recipe(*rules).formats(SPEC)
     assert str(raised.value).startswith("recipe mine: ") and str(raised.value).endswith(".")
     assert not str(raised.value).endswith("..")
@@ -203,7 +204,7 @@ def test_rules_that_do_not_fit_the_model(rules: list[LayerRule], message: str) -
 
 def test_groups_that_do_not_divide_name_the_linear() -> None:
     # 72 and 80 columns; a rule may except the linears that do not fit.
-    with pytest.raises(CheckpointError, match="q_proj has 80 columns.*no group size fits"):
+    with pytest.raises(CheckpointError, match="q_proj has 80 columns.*no group size does"):
         recipe().formats(spec_of("tied"))
     excepted = recipe(LayerRule("model.layers.*", "int8"), lm_head="bf16")
     assert set(excepted.formats(spec_of("tied")).values()) == {INT8}
@@ -227,7 +228,7 @@ def test_groups_that_do_not_divide_name_the_linear() -> None:
     ],
 )
 def test_quant_tables_that_mean_nothing(quant: dict[str, Any], message: str) -> None:
-    with pytest.raises(ExportError, match=message):
+    with pytest.raises(OptionError, match=message):
         recipe(**quant)
 
 
@@ -242,7 +243,7 @@ def test_quant_tables_that_mean_nothing(quant: dict[str, Any], message: str) -> 
     ],
 )
 def test_rules_that_mean_nothing(rule: LayerRule, message: str) -> None:
-    with pytest.raises(ExportError, match=message):
+    with pytest.raises(OptionError, match=message):
         recipe(rule)
 
 
@@ -269,15 +270,15 @@ HEAD = '[quant]\nname = "a"\nformat = "int4"\n'
 def test_files_that_are_no_recipe(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "broken.toml"
     path.write_text(text)
-    with pytest.raises(ExportError, match=message) as raised:
+    with pytest.raises(OptionError, match=message) as raised:
         load_recipe(str(path))
     assert str(path) in str(raised.value)
 
 
 def test_recipes_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="no recipe 'int3'; choose one of bf16, int8"):
+    with pytest.raises(OptionError, match="no recipe 'int3'; choose one of bf16, int8"):
         load_recipe("int3")
-    with pytest.raises(ExportError, match="cannot be read"):
+    with pytest.raises(OptionError, match="cannot be read"):
         load_recipe(str(tmp_path / "absent.toml"))
 
 
@@ -285,3 +286,11 @@ def test_methods_are_known_for_every_format() -> None:
     for name, methods in METHODS.items():
         for method in methods:
             assert recipe(format=name, default_method=method).method(DOWN) == method
+
+
+def test_a_budget_below_the_smallest_formats_is_refused_at_once() -> None:
+    """Before a model has answered anything; 4 bits and a bf16 scale per 128 are 4.125."""
+    mixed = replace(load_recipe("int4-mixed"), mixed=Mixed("int8-weight-only", 4.1))
+    with pytest.raises(OptionError, match="4.1 bits per weight are fewer .* allow 4.2 or more"):
+        mixed.formats(SPEC)
+    assert replace(mixed, mixed=Mixed("int8-weight-only", 4.2)).formats(SPEC)

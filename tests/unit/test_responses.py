@@ -13,15 +13,11 @@ import pytest
 from helpers.pictures import noise
 from mmr5_export import export
 from mmr5_export.checkpoint import open_checkpoint
+from mmr5_export.generator import Generator, weights_sha256
 from mmr5_export.options import ExportOptions
-from mmr5_export.responses import (
-    Generator,
-    Response,
-    ResponseCache,
-    respond,
-    weights_sha256,
-)
-from mmr5_export.samples import Sample
+from mmr5_export.response_cache import Response, ResponseCache
+from mmr5_export.responses import missing_answers, respond
+from mmr5_export.samples import DataError, Sample
 from mmr5_runtime import Reranker
 from mmr5_runtime.image import PixelBudget
 from mmr5_runtime.types import ExportError
@@ -106,6 +102,21 @@ def test_cached_answers_need_no_model(
         respond([replace(samples[0], query="another question")], asked, cache)
 
 
+def test_answers_that_are_there_are_not_missing(
+    checkpoint: Path, samples: list[Sample], tmp_path: Path
+) -> None:
+    cache, asked = tmp_path / "cache.jsonl", generator(checkpoint)
+    given = replace(samples[2], response="<answer>[1, 2]</answer>")
+    assert missing_answers([*samples, given], asked) == 3
+    respond(samples[:2], asked, cache)
+    assert missing_answers([*samples, given], asked, cache) == 1
+    assert missing_answers(samples, replace(asked, quant="int8-weight-only"), cache) == 3
+    assert missing_answers([given], asked, cache) == 0
+    samples[0].pages[0].unlink()
+    with pytest.raises(DataError, match=r"0\.png cannot be read"):
+        missing_answers(samples, asked, cache)
+
+
 def test_whatever_decides_an_answer_is_in_its_key(
     checkpoint: Path, samples: list[Sample], tmp_path: Path
 ) -> None:
@@ -167,17 +178,17 @@ def test_given_answers_are_taken_as_they_are(
     assert (response.order, response.status, response.stop_reason) == ((1, 0), "ok", "eos")
     assert not cache.exists()
     reserved = replace(given, response=f"{tokenizer_text}<|im_end|>")
-    with pytest.raises(ExportError, match=r"line 0: the response contains .* <\|im_end\|>"):
+    with pytest.raises(DataError, match=r"line 0: the response contains .* <\|im_end\|>"):
         respond([reserved], asked)
 
 
 def test_bad_input_names_the_sample(checkpoint: Path, samples: list[Sample]) -> None:
     asked = generator(checkpoint)
     samples[1].pages[1].write_bytes(b"no image")
-    with pytest.raises(ExportError, match=r"line 1: .*2\.png.*no known image format"):
+    with pytest.raises(DataError, match=r"line 1: .*2\.png.*no known image format"):
         respond(samples, asked)
     limit = 28 * 28 * 40_000
-    with pytest.raises(ExportError, match="line 0: the prompt needs .* tokens"):
+    with pytest.raises(DataError, match="line 0: the prompt needs .* tokens"):
         respond(samples, replace(asked, budget=PixelBudget(limit, limit)))
 
 

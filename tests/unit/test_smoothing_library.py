@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mmr5_export.gptq import output_error
-from mmr5_export.quantize import quantize_linear
-from mmr5_export.smoothing import awq_scales, smoothquant_scales
+from mmr5_export.quantize import encode, quantize_linear
+from mmr5_export.smoothing import awq_scales, clipped_scales, smoothquant_scales
 from mmr5_kernels.layout import Format
 from mmr5_kernels.reference import dequantize
 
@@ -119,3 +119,10 @@ def test_awq_comes_within_two_percent_of_the_librarys_error(
     assert theirs < 0.9 * none, "the stack gives the search nothing to find"
     assert ours == pytest.approx(theirs, rel=0.02)
     assert least == pytest.approx(ours, rel=1e-3)
+
+    # What an export does: scales searched with clipping, and the weight then clipped as well.
+    scales, _ = awq_scales(hessian, x.abs().mean(dim=0), weights, format)
+    clip = clipped_scales(weight * scales, format, hessian.diagonal() / scales.square())
+    parts = encode(weight * scales, format, *clip)
+    clipped = output_error(weight, dequantize(format, parts, torch.float32) / scales, hessian)
+    assert clipped <= min(ours, theirs), "clipping made it worse than scaling alone"

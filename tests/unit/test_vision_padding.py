@@ -12,7 +12,6 @@ from torch.nn.functional import linear, silu
 from helpers.exporting import quick_export
 from helpers.synthetic7b import config_7b
 from helpers.tiny import make_hf_model, read_spec, read_tensors, tiny_configs, write_checkpoint
-from mmr5_export.plan import linear_formats
 from mmr5_kernels.layout import FP8, INT8, Format
 from mmr5_kernels.reference import dequantize
 from mmr5_runtime.artifact import TensorReader, read_manifest
@@ -96,7 +95,7 @@ def test_an_engine_holds_the_padded_tower(
 
 def test_an_mlp_that_is_quantized_in_part_is_refused(checkpoint: Path) -> None:
     spec = read_spec(checkpoint)
-    formats = linear_formats(spec, "bf16", vision="int8")
+    formats = dict.fromkeys(vision_linear_shapes(spec), INT8)
     del formats[f"{BLOCK}up_proj"]
     with pytest.raises(EngineError, match=r"blocks\.1\.mlp\.\* are quantized in part"):
         stored_shapes(spec, formats)

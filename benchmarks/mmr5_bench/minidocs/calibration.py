@@ -30,7 +30,8 @@ from mmr5_bench.minidocs.vocabulary import (
     is_held_out,
 )
 from mmr5_export.checkpoint import open_checkpoint
-from mmr5_export.responses import Generator, respond, weights_sha256
+from mmr5_export.generator import Generator, weights_sha256
+from mmr5_export.responses import respond
 from mmr5_export.samples import META_FILE, SAMPLES_FILE, read_samples
 from mmr5_export.source import locate
 from mmr5_runtime.artifact import file_sha256
