@@ -9,20 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from helpers.answers import put_many, response
 from mmr5_export.estimate import ResourceError
-from mmr5_export.response_cache import Response, ResponseCache
+from mmr5_export.response_cache import ResponseCache
 
 TORN = b'{"key":"torn","token_ids":[1,'
-
-
-def response(text: str) -> Response:
-    return Response((1, 2), text, "eos", (0,), "ok")
-
-
-def put_many(path: Path, name: str) -> None:
-    cache = ResponseCache(path)
-    for number in range(40):
-        cache.put(f"{name}-{number}", response(name * 3000))
 
 
 def test_two_caches_that_met_the_same_torn_line_keep_each_others_answers(tmp_path: Path) -> None:
