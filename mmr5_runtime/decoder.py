@@ -19,6 +19,8 @@ from mmr5_runtime.weights import Weights
 
 # (layer, q [M, H, D], k [M, K, D], v [M, K, D]) -> [M, H * D]; stores k and v as it goes.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# (layer, k [M, K, D] before rotation, v [M, K, D]); sees what positions have not touched yet.
+Observe = Callable[[int, Tensor, Tensor], None]
 
 
 class DecoderLayer(nn.Module):
@@ -38,11 +40,15 @@ class DecoderLayer(nn.Module):
             weights.linear(f"{mlp}.down_proj"),
         )
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, observe: Observe | None = None
+    ) -> Tensor:
         """x [M, hidden]; cos, sin [M, D/2] in the dtype of x -> [M, hidden]."""
         spec = self.spec
         qkv = self.qkv(self.input_norm(x)).unflatten(-1, (-1, spec.head_dim))  # [M, H + 2K, D]
         q, k, v = qkv.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
+        if observe is not None:
+            observe(self.index, k, v)
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         x = x + self.o_proj(attend(self.index, q, k, v))
         x = x + self.mlp(self.post_norm(x))
@@ -70,11 +76,16 @@ class Decoder(nn.Module):
             else weights.linear("lm_head")
         )
 
-    def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """x [M, hidden] embeddings; positions [3, M] int64 -> hidden states [M, hidden]."""
+    def forward(
+        self, x: Tensor, positions: Tensor, attend: Attend, observe: Observe | None = None
+    ) -> Tensor:
+        """x [M, hidden] embeddings; positions [3, M] int64 -> hidden states [M, hidden].
+
+        ``observe``, if given, is shown every layer's keys before they are rotated.
+        """
         cos, sin = (table.to(x.dtype) for table in self.rotary(positions))
         for layer in self.layers:
-            x = layer(x, cos, sin, attend)
+            x = layer(x, cos, sin, attend, observe)
         return x
 
     def logits(self, x: Tensor) -> Tensor:

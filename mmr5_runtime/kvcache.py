@@ -76,6 +76,36 @@ class KVArena:
         self._length += tokens
         self._appended = [0] * len(self._appended)
 
+    def save(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Copies of the committed keys and values ``start`` to ``end``, each [L, K, n, D]."""
+        if not 0 <= start <= end <= self._length:
+            raise RequestError(
+                f"cannot save tokens {start} to {end}; the arena holds {self._length}."
+            )
+        cut = slice(start, end)
+        return _copied(self.k[:, :, cut]), _copied(self.v[:, :, cut])
+
+    def load(self, k: Tensor, v: Tensor) -> None:
+        """Appends and commits n tokens that :meth:`save` took from this or another arena.
+
+        k, v [L, K, n, D] of the arena's dtype, on any device. The bits are copied, nothing else.
+        """
+        shape = (*self.k.shape[:2], k.shape[2], self.k.shape[3])
+        if (tuple(k.shape), k.dtype) != (shape, self.k.dtype) or (v.shape, v.dtype) != (
+            k.shape,
+            k.dtype,
+        ):
+            raise RequestError(
+                f"keys {list(k.shape)} {k.dtype} and values {list(v.shape)} {v.dtype} are not from "
+                f"an arena like this one ({list(shape)}, {self.k.dtype})."
+            )
+        self.require(k.shape[2])
+        cut = slice(self._length, self._length + k.shape[2])
+        self.k[:, :, cut].copy_(k, non_blocking=True)
+        self.v[:, :, cut].copy_(v, non_blocking=True)
+        self._length = cut.stop
+        self._appended = [0] * len(self._appended)
+
     def truncate(self, length: int) -> None:
         """Rewinds to the first ``length`` tokens; what came later, committed or not, is gone."""
         if not 0 <= length <= self._length:
@@ -88,3 +118,8 @@ class KVArena:
     def reset(self) -> None:
         """Empties the arena; the memory stays."""
         self.truncate(0)
+
+
+def _copied(part: Tensor) -> Tensor:
+    """New contiguous memory, also where ``part`` is a whole tensor (``contiguous`` copies none)."""
+    return part.clone(memory_format=torch.contiguous_format)

@@ -1,9 +1,10 @@
-"""The whole model, and the three calls a rerank is made of.
+"""The whole model, and the calls a rerank is made of.
 
-``embed_prompt`` puts page embeddings into the token embeddings, ``prefill`` reads a prompt (or the
-next segment of one) into a KV arena, ``decode_step`` adds a few tokens to a few sequences. Prefill
-and decode are two functions because they meet different shapes: one long sequence, or M = B x T of
-at most 64 rows whose cost is the reading of the weights.
+``embed_prompt`` puts page embeddings into the token embeddings, ``read_tokens`` reads a prompt (or
+the next segment of one) into a KV arena, ``prefill`` also predicts what comes next, ``decode_step``
+adds a few tokens to a few sequences. Prefill and decode are two functions because they meet
+different shapes: one long sequence, or M = B x T of at most 64 rows whose cost is the reading of
+the weights.
 """
 
 from __future__ import annotations
@@ -98,15 +99,12 @@ def embed_prompt(model: Model, token_ids: Tensor, image_embeds: Sequence[Tensor]
 
 
 @torch.no_grad()
-def prefill(
-    model: Model, embeds: Tensor, positions: Tensor, arena: KVArena, all_logits: bool = False
-) -> Tensor:
-    """Reads T tokens into ``arena``, behind the S it already holds.
+def read_tokens(model: Model, embeds: Tensor, positions: Tensor, arena: KVArena) -> Tensor:
+    """Reads T tokens into ``arena``, behind the S it already holds, and predicts nothing.
 
-    embeds [T, hidden] in the compute dtype; positions [3, T] int64. A prompt read in several calls
-    gives the same keys, values and logits as in one. Returns fp32 logits of the last token [V], or
-    of all [T, V]. Raises :class:`RequestError` on shapes that do not agree and
-    :class:`ContextOverflowError` when the arena is too small; the arena is then unchanged.
+    embeds [T, hidden] in the compute dtype; positions [3, T] int64. Returns the last layer's hidden
+    states [T, hidden], which :meth:`Decoder.logits` turns into predictions; the segments of a
+    prompt before its last need none. Raises as :func:`prefill`.
     """
     tokens = embeds.shape[0]
     if tokens == 0 or tuple(positions.shape) != (3, tokens):
@@ -115,9 +113,24 @@ def prefill(
             "prefilled; give [T, hidden] and [3, T] with T at least 1."
         )
     arena.require(tokens)
-    hidden = model.decoder(embeds, positions.to(model.device), partial(_attend, arena))
-    logits = model.decoder.logits(hidden if all_logits else hidden[-1:])
+    hidden: Tensor = model.decoder(embeds, positions.to(model.device), partial(_attend, arena))
     arena.commit(tokens)
+    return hidden
+
+
+@torch.no_grad()
+def prefill(
+    model: Model, embeds: Tensor, positions: Tensor, arena: KVArena, all_logits: bool = False
+) -> Tensor:
+    """:func:`read_tokens`, and the fp32 logits of the last token [V], or of all [T, V].
+
+    A prompt read in several calls gives the same keys, values and logits as in one, but for the
+    last bits of sums; the same calls give the same bits. Raises :class:`RequestError` on shapes
+    that do not agree and :class:`ContextOverflowError` when the arena is too small; the arena is
+    then unchanged.
+    """
+    hidden = read_tokens(model, embeds, positions, arena)
+    logits = model.decoder.logits(hidden if all_logits else hidden[-1:])
     return logits if all_logits else logits[0]
 
 
