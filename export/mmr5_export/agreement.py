@@ -7,13 +7,14 @@ later and two quantizations can be compared pair by pair.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmr5_runtime.agreement import kendall_tau, recall_at, top1
 from mmr5_runtime.types import ExportError, Status
 
 KS = (1, 3, 5)
@@ -181,22 +182,6 @@ def reference_name(reference_by: str) -> str:
     return f"a copy of the original stored as {reference_by}"
 
 
-def kendall_tau(first: Sequence[int], second: Sequence[int]) -> float:
-    """Rank correlation of two orders of the same pages: 1 equal, -1 reversed; 1 for one page."""
-    place = {page: index for index, page in enumerate(second)}
-    places = [place[page] for page in first]
-    pairs = len(places) * (len(places) - 1) // 2
-    swapped = sum(b < a for i, a in enumerate(places) for b in places[i + 1 :])
-    return 1.0 - 2.0 * swapped / pairs if pairs else 1.0
-
-
-def recall_at(order: Sequence[int], relevant: Collection[int], k: int) -> float:
-    """Share of ``relevant`` among the first ``k`` of ``order``; ValueError without any."""
-    if not relevant:
-        raise ValueError("recall needs at least one relevant (gold) page")
-    return len(set(order[:k]) & set(relevant)) / len(set(relevant))
-
-
 @dataclass(frozen=True)
 class RankMetrics:
     """Shares over ``samples``, which are kept."""
@@ -219,7 +204,7 @@ class RankMetrics:
     @property
     def first_choice_agreement(self) -> float:
         """Share of lists whose first page is the reference's."""
-        return self._mean([s.engine.order[0] == s.reference.order[0] for s in self.samples])
+        return self._mean([top1(s.engine.order, s.reference.order) for s in self.samples])
 
     @property
     def order_agreement(self) -> float:

@@ -94,6 +94,11 @@ def _add_storage(group: Any) -> None:
     group.add_argument(
         "--quantize-vision", choices=("int8", "fp8", "bf16"), help="vision tower (default: bf16)"
     )
+    group.add_argument(
+        "--profile",
+        metavar="NAME",
+        help="prompt to rank with: mm-r5 (default), mm-r5-images-first or mmrag",
+    )
     group.add_argument("--bits", type=float, help="mean bits per weight of int4-mixed")
     group.add_argument("--damp", type=float, help="GPTQ: added to the Hessian's diagonal")
     group.add_argument("--min-pixels", type=int, help="least pixels of a page")

@@ -28,12 +28,14 @@ from mmr5_export.agreement import (
     compare,
 )
 from mmr5_runtime.answer import parse_answer
+from mmr5_runtime.cursor import Cursor
 from mmr5_runtime.image import preprocess
 from mmr5_runtime.loading import LoadedEngine
-from mmr5_runtime.model import MAX_DECODE_TOKENS, decode_step, embed_prompt, prefill
+from mmr5_runtime.model import MAX_DECODE_TOKENS, decode_step, prefill
 from mmr5_runtime.pages import DEFAULT_MAX_IMAGE_PIXELS, Page, open_page
 from mmr5_runtime.planning import plan_context
-from mmr5_runtime.rope import Grid, mrope_positions
+from mmr5_runtime.prompt import Segments
+from mmr5_runtime.rope import Grid
 from mmr5_runtime.sampler import Sampler, SamplingParams
 from mmr5_runtime.types import StopReason
 
@@ -109,15 +111,18 @@ class Reading:
         longest: int = 0,
     ) -> None:
         self._loaded, self._question = loaded, question
-        self._model = model = loaded.engine.model
-        ids = torch.tensor(list(question.token_ids), dtype=torch.long)
-        positions, self._position = mrope_positions(ids, question.grids, model.spec)
+        self._model = loaded.engine.model
         # As in a rerank, an answer ends where the context does.
-        self._limit = min(question.max_new_tokens, loaded.context - len(ids))
-        room = max(self._limit, longest) + MAX_DECODE_TOKENS
-        self._arena = model.new_arena(len(ids) + room)
-        embeds = embed_prompt(model, ids, embeddings)
-        self._first = prefill(model, embeds, positions, self._arena)
+        count = len(question.token_ids)
+        self._limit = min(question.max_new_tokens, loaded.context - count)
+        cursor = Cursor(loaded.engine, count + max(self._limit, longest) + MAX_DECODE_TOKENS)
+        # Read in the segments of a rerank, whose last bits are then those of this reading.
+        segments = Segments.cut(question.token_ids, loaded.engine.spec.image_token_id)
+        cursor.read(segments.head)
+        for ids, page, grid in zip(segments.pages, embeddings, question.grids, strict=True):
+            cursor.read(ids, [page], [grid])
+        self._first = cursor.logits(cursor.read(segments.tail))
+        self._arena, self._position = cursor.arena, cursor.position
 
     @torch.inference_mode()
     def logits(self, response: Sequence[int]) -> Tensor:

@@ -21,8 +21,8 @@ from mmr5_runtime.engine import Engine
 from mmr5_runtime.image import PixelBudget
 from mmr5_runtime.loading import LoadedEngine, resolve_device, resolve_dtype
 from mmr5_runtime.model import Model
-from mmr5_runtime.prompt import PromptTokenizer, template_sha256
-from mmr5_runtime.reranker import DEFAULT_MAX_NEW_TOKENS
+from mmr5_runtime.options import DEFAULT_MAX_NEW_TOKENS
+from mmr5_runtime.prompt import DEFAULT_PROFILE, PromptTokenizer, load_template, template_sha256
 from mmr5_runtime.spec import ModelSpec, decoder_linear_shapes, linear_shapes
 from mmr5_runtime.types import ExportError
 
@@ -42,7 +42,7 @@ class Generator:
     ``weights_sha256`` stands for the weights of ``checkpoint`` (see :func:`weights_sha256`).
     ``device`` and ``dtype`` are those of :meth:`mmr5_runtime.Reranker.load`. ``quant``
     "int8-weight-only" keeps the decoder's linears in half the memory, for devices that cannot hold
-    them in bf16; which to take is for the caller to decide.
+    them in bf16; which to take is for the caller to decide. ``profile`` names the prompt.
     """
 
     checkpoint: Checkpoint
@@ -52,6 +52,7 @@ class Generator:
     dtype: str = "auto"
     quant: str = "bf16"
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
+    profile: str = DEFAULT_PROFILE
 
     def __post_init__(self) -> None:
         if self.quant not in QUANTS:
@@ -85,7 +86,7 @@ class Generator:
                 "weights": self.weights_sha256,
                 "spec": self.checkpoint.spec.to_json(),
                 "tokenizer": file_sha256(self.folder / "tokenizer.json"),
-                "template": template_sha256(),
+                "template": template_sha256(self.profile),
                 "budget": asdict(self.budget),
                 "image": self.image_settings(),
                 "penalty": self.generation_config().get("repetition_penalty"),
@@ -112,11 +113,15 @@ class Generator:
         )
         return LoadedEngine(
             engine=Engine(model, device),
-            tokenizer=PromptTokenizer.from_file(self.folder / "tokenizer.json"),
+            tokenizer=PromptTokenizer.from_file(
+                self.folder / "tokenizer.json", load_template(self.profile)
+            ),
             budget=self.budget,
             image_settings=self.image_settings(),
             generation_config=self.generation_config(),
             context=spec.text.max_position_embeddings,
+            # Good within a process, which is as long as anything is remembered of this engine.
+            identity=hashlib.sha256(self.identity().encode()).digest(),
         )
 
 

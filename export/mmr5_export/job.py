@@ -32,7 +32,7 @@ from mmr5_export.samples import Sample, choose, read_samples, samples_sha256, sh
 from mmr5_export.source import MINI, Location, locate
 from mmr5_runtime.artifact import ImageSettings, PixelRange, file_sha256, tool_versions
 from mmr5_runtime.image import PixelBudget
-from mmr5_runtime.prompt import PromptTokenizer, template_sha256
+from mmr5_runtime.prompt import DEFAULT_PROFILE, PromptTokenizer, Template, load_template
 from mmr5_runtime.spec import ModelSpec, tensor_shapes
 from mmr5_runtime.types import CheckpointError, EngineError, ExportError
 
@@ -134,7 +134,17 @@ class Job:
             dtype=str(self.dtype).removeprefix("torch."),
             quant=quant,
             max_new_tokens=self.options.max_new_tokens,
+            profile=self.options.profile,
         )
+
+    @property
+    def template(self) -> Template:
+        """The prompt that the engine ranks with."""
+        return load_template(self.options.profile)
+
+    def tokenizer(self) -> PromptTokenizer:
+        """The checkpoint's tokenizer with that prompt."""
+        return PromptTokenizer.from_file(self.checkpoint.folder / "tokenizer.json", self.template)
 
     def identity(self) -> dict[str, Any]:
         """All that the result depends on."""
@@ -149,7 +159,7 @@ class Job:
             "files": dict(self.hashes),
             "recipe": None if self.recipe is None else self.recipe.to_json(),
             "pixel_budget": asdict(self.budget),
-            "template": template_sha256(),
+            "template": self.template.sha256,
             "samples": samples_sha256(self.samples, [()] * len(self.samples)),
             "answers": [sample.response for sample in self.samples],
             "options": {key: _plain(value) for key, value in options.items()},
@@ -177,6 +187,7 @@ _LIBRARIES = ("numpy", "pillow", "tokenizers")
 _GPTQ_LIBRARIES = ("llmcompressor", "compressed-tensors", "transformers")
 _NOT_IDENTIFYING = {
     "calib_data",  # its content is, under samples
+    "profile",  # its content is, under template
     "response_cache",
     "resume",
     "force",
@@ -309,8 +320,12 @@ def _with_samples(job: Job) -> Job:
             f"or do without: {way_out}."
         )
     options = job.options
+    samples = read_samples(source, job.weights_sha256)
+    if options.profile != DEFAULT_PROFILE:
+        # The model's own answers that data comes with were given to the default prompt.
+        samples = [replace(s, response=None, own=False) if s.own else s for s in samples]
     calibration, held_out = choose(
-        read_samples(source, job.weights_sha256),
+        samples,
         options.calib_samples if calibrated else 0,
         0 if job.unverified else options.held_out,
         options.seed,

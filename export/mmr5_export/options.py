@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mmr5_export.plan import MAX_FILE_BYTES
-from mmr5_runtime.reranker import DEFAULT_MAX_NEW_TOKENS
+from mmr5_runtime.options import DEFAULT_MAX_NEW_TOKENS
+from mmr5_runtime.prompt import DEFAULT_PROFILE, load_template, profile_names
 from mmr5_runtime.types import ExportError
 
 
@@ -26,6 +27,7 @@ class ExportOptions:
     What is stored: ``method``, ``group_size``, ``symmetric``, ``lm_head``, ``quantize_vision``,
     ``damp`` (what GPTQ adds to a Hessian, relative to its mean diagonal) and ``bits`` (mean bits of
     a decoder weight, for mixed recipes) replace what the recipe says, where given.
+    ``profile`` is the prompt of the engine's rankings, and so of calibration and verification.
     ``visual_weight`` is how much a visual token counts in the statistics, next to a text token.
 
     Calibration: ``calib_samples`` and ``held_out`` samples are drawn from ``calib_data`` by
@@ -51,6 +53,7 @@ class ExportOptions:
     quantize_vision: str | None = None
     bits: float | None = None
     damp: float | None = None
+    profile: str = DEFAULT_PROFILE
     visual_weight: float = 1.0
     min_pixels: int | None = None
     max_pixels: int | None = None
@@ -73,6 +76,11 @@ class ExportOptions:
     free_memory: int | None = None
 
     def __post_init__(self) -> None:
+        if self.profile not in listwise_profiles():
+            raise OptionError(
+                f"--profile {self.profile} is no prompt that ranks a list; give one of "
+                f"{', '.join(listwise_profiles())}."
+            )
         _in_range("damp", self.damp, above=0.0, most=1.0)
         _in_range("visual_weight", self.visual_weight, above=0.0)
         _in_range("bits", self.bits, above=0.0, most=16.0)
@@ -105,6 +113,11 @@ class ExportOptions:
             else:
                 given += [flag, value.resolve().name if isinstance(value, Path) else str(value)]
         return given
+
+
+def listwise_profiles() -> tuple[str, ...]:
+    """Profiles an engine can rank with; one that judges single pages is beside each of them."""
+    return tuple(name for name in profile_names() if not load_template(name).pointwise)
 
 
 _UNREPEATED = {

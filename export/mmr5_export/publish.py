@@ -41,7 +41,6 @@ from mmr5_runtime.artifact import (
     write_manifest,
 )
 from mmr5_runtime.loading import load_engine
-from mmr5_runtime.prompt import load_template
 from mmr5_runtime.spec import parameter_count
 from mmr5_runtime.types import ExportError
 
@@ -245,7 +244,7 @@ def _quant(run: Run) -> Quant:
 
 
 def _manifest(run: Run, folder: Path, report: Mapping[str, Any]) -> Manifest:
-    job, template = run.job, load_template()
+    job, template = run.job, run.job.template
     return Manifest(
         created_by=job.environment["versions"],
         source=_source(job),

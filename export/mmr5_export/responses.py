@@ -11,24 +11,24 @@ import json
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from mmr5_export.checkpoint import Checkpoint
 from mmr5_export.generator import Generator
 from mmr5_export.response_cache import Response, ResponseCache
 from mmr5_export.samples import DataError, Sample, of_sample, page_sha256
 from mmr5_runtime.answer import parse_answer
-from mmr5_runtime.engine import Generation
+from mmr5_runtime.cursor import Cursor
+from mmr5_runtime.deadline import Deadline
+from mmr5_runtime.decoding import Decoding
 from mmr5_runtime.image import preprocess
 from mmr5_runtime.loading import LoadedEngine
+from mmr5_runtime.options import DEFAULT_MAX_NEW_TOKENS, RerankOptions
 from mmr5_runtime.pages import open_page
 from mmr5_runtime.planning import plan_context
 from mmr5_runtime.prompt import PromptTokenizer
-from mmr5_runtime.reranker import DEFAULT_MAX_NEW_TOKENS
 from mmr5_runtime.sampler import Sampler, SamplingParams
 from mmr5_runtime.timing import Timings
 
@@ -70,41 +70,36 @@ class Responder:
                 loaded.budget,
                 self._max_new_tokens,
             )
-        embeddings, grids = [], []
-        for image in images:
+        cursor = Cursor(engine, len(plan.token_ids) + plan.max_new_tokens)
+        cursor.read(plan.segments.head)
+        for image, ids in zip(images, plan.segments.pages, strict=True):
             patched = preprocess(image, loaded.budget, **loaded.image_settings)
-            embeddings.append(engine.encode_page(patched.pixel_values, patched.grid))
-            grids.append(patched.grid)
+            embeddings = engine.encode_page(patched.pixel_values, patched.grid)
+            cursor.read(ids, [embeddings], [patched.grid])
         params = SamplingParams.from_generation_config(
             loaded.generation_config, temperature=0.0, seed=0
         )
-        sampler = _Recorder(params, plan.token_ids, engine.spec.text.vocab_size, engine.device)
-        generation = Generation(
-            engine,
-            plan.token_ids,
-            embeddings,
-            grids,
-            sampler,
+        decoding = Decoding(
+            loaded.language,
+            cursor,
+            cursor.logits(cursor.read(plan.segments.tail)),
+            Sampler(params, plan.token_ids, engine.spec.text.vocab_size, engine.device),
+            len(images),
+            # What the model writes when nothing holds it back.
+            RerankOptions(stop="eos", constrain=False),
             plan.max_new_tokens,
             Timings(engine.device),
+            Deadline(None),
         )
-        text = loaded.tokenizer.decode(list(generation))
+        text = loaded.tokenizer.decode(list(decoding))
         answer = parse_answer(text, len(images))
         return Response(
-            tuple(sampler.picked), text, generation.stop_reason, answer.order, answer.status
+            tuple(decoding.answer.tokens),
+            text,
+            decoding.answer.stop_reason,
+            answer.order,
+            answer.status,
         )
-
-
-class _Recorder(Sampler):
-    """A sampler that remembers what it picked: a generation does not give out its end token."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.picked: list[int] = []
-
-    def pick(self, logits: Tensor) -> int:
-        self.picked.append(super().pick(logits))
-        return self.picked[-1]
 
 
 class GivenResponses:

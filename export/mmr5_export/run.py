@@ -30,7 +30,6 @@ from mmr5_export.samples import Sample, samples_sha256
 from mmr5_export.sensitivity import measure_sensitivity
 from mmr5_export.sequential import Prepared, Walk, reference_logits, walk_decoder
 from mmr5_kernels.layout import Format
-from mmr5_runtime.prompt import PromptTokenizer
 
 
 class Run:
@@ -90,7 +89,7 @@ class Run:
     @cached_property
     def prompts(self) -> list[Prompt]:
         """Every sample of the job with its answer, as token ids."""
-        tokenizer = PromptTokenizer.from_file(self.job.checkpoint.folder / "tokenizer.json")
+        tokenizer = self.job.tokenizer()
         pairs = zip(self.job.samples, self.responses, strict=True)
         return [
             encode_prompt(

@@ -26,7 +26,6 @@ from mmr5_export.job import Job
 from mmr5_export.machine import available_memory, existing, measure_speed
 from mmr5_export.responses import GivenResponses, missing_answers
 from mmr5_kernels.layout import INT8_WEIGHT_ONLY, Format
-from mmr5_runtime.prompt import PromptTokenizer
 from mmr5_runtime.spec import decoder_linear_shapes, linear_shapes, parameter_count
 
 _DESCRIPTION_BYTES = 4 << 20  # manifest, report and card: a 7B report takes about 1 MB
@@ -131,7 +130,7 @@ def _lengths(job: Job) -> list[tuple[int, int | None]]:
     if not job.samples:
         return []
     assert isinstance(job.checkpoint, Checkpoint)
-    tokenizer = PromptTokenizer.from_file(job.checkpoint.folder / "tokenizer.json")
+    tokenizer = job.tokenizer()
     given, lengths = GivenResponses(job.checkpoint), []
     for sample in job.samples:
         text = sample.response

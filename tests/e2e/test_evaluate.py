@@ -26,7 +26,9 @@ from mmr5_export.evaluate import (
 )
 from mmr5_runtime import Reranker
 from mmr5_runtime.loading import LoadedEngine, load_engine
+from mmr5_runtime.memory import Memory
 from mmr5_runtime.model import decode_step, embed_prompt, prefill
+from mmr5_runtime.reuse.config import CacheConfig
 from mmr5_runtime.rope import mrope_positions
 
 QUERY = "Which page shows the harvest?"
@@ -67,8 +69,9 @@ def _read(loaded: LoadedEngine, longest: int = 0) -> Reading:
 def test_the_answer_is_the_rerankers(engines: Engines, quant: str, penalty: float) -> None:
     config = {"repetition_penalty": penalty}
     loaded = dataclasses.replace(engines(quant), generation_config=config)
-    expected = Reranker(loaded, max_image_pixels=10**6).rerank(
-        QUERY, _pages(), max_new_tokens=LIMIT
+    memory = Memory(CacheConfig.off(), loaded, max_image_pixels=10**6)
+    expected = Reranker(loaded, memory).rerank(
+        QUERY, _pages(), max_new_tokens=LIMIT, stop="eos", constrain=False
     )
     answer = _read(loaded).answer()
     assert (answer.text, answer.stop_reason) == (expected.text, expected.stop_reason)
@@ -134,7 +137,9 @@ def test_logits_are_those_of_one_pass_and_of_single_steps(engines: Engines, quan
     assert found.shape == (LIMIT, loaded.engine.spec.text.vocab_size)
     assert found.dtype == torch.float32
     whole = _one_pass(loaded, question, embeddings, response)
-    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
+    error = float((found - whole).square().mean().sqrt() / whole.square().mean().sqrt())
+    # Other cuts of the prompt are other last bits, and one of them can flip an activation's code.
+    assert error < (0.02 if quant == "int8" else 1e-5)
     assert found.argmax(-1).tolist() == response
 
 

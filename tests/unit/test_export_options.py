@@ -9,7 +9,7 @@ import pytest
 
 from mmr5_export.cli import parser
 from mmr5_export.options import ExportOptions, OptionError
-from mmr5_runtime.reranker import DEFAULT_MAX_NEW_TOKENS
+from mmr5_runtime.options import DEFAULT_MAX_NEW_TOKENS
 
 
 def test_answers_may_be_as_long_as_those_of_a_rerank() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mmr5_runtime.prompt import Template, load_template, render, template_sha256
+from mmr5_runtime.prompt import Template, load_template, profile_names, render, template_sha256
 from mmr5_runtime.types import EngineError, RequestError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "prompts.json"
@@ -29,9 +29,10 @@ def test_goldens_cover_one_page_two_digits_and_braces() -> None:
     assert any("{" in case["query"] for case in CASES)
 
 
-def test_hash_covers_every_field() -> None:
-    template = load_template()
-    hashes = {template_sha256()}
+@pytest.mark.parametrize("profile", profile_names())
+def test_hash_covers_every_field(profile: str) -> None:
+    template = load_template(profile)
+    hashes = {template_sha256(profile)}
     for field in dataclasses.fields(Template):
         changed = dataclasses.replace(template, **{field.name: getattr(template, field.name) + " "})
         hashes.add(changed.sha256)
@@ -44,7 +45,7 @@ def test_hash_is_the_published_one() -> None:
 
 
 def test_unknown_template() -> None:
-    with pytest.raises(EngineError, match="no prompt template 'other'"):
+    with pytest.raises(EngineError, match=r"no prompt template 'other' \(mm-r5, .* are there\)"):
         load_template("other")
 
 

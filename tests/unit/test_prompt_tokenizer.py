@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
 
 from helpers.bpe import SPECIAL_TOKENS, qwen_like_tokenizer
-from mmr5_runtime.prompt import PromptTokenizer, load_template, render
+from mmr5_runtime.prompt import PromptTokenizer, Segments, load_template, render
 from mmr5_runtime.types import EngineError, RequestError
 
 PROMPTS = PromptTokenizer(qwen_like_tokenizer())
@@ -57,6 +57,13 @@ def test_segments_of_two_pages() -> None:
     assert (
         PROMPTS.decode(segments.tail, skip_special=False) == "<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+def test_segments_are_found_again_in_the_ids() -> None:
+    for counts in ([1], [3, 1, 2], [4] * 12):
+        segments = PROMPTS.segments("Which one?", counts)
+        assert Segments.cut(segments.ids, PROMPTS.image_pad_id) == segments
+    assert Segments.cut([5, 6], PROMPTS.image_pad_id) == Segments((5, 6), (), ())
 
 
 @pytest.mark.parametrize("token", SPECIAL_TOKENS)
