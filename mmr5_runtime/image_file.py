@@ -25,6 +25,16 @@ def decode(stream: IO[bytes], max_image_pixels: int) -> Image.Image:
     return finish(_identify(stream, max_image_pixels), max_image_pixels)
 
 
+def check_header(stream: IO[bytes], max_image_pixels: int) -> None:
+    """Refuse what :func:`decode` would refuse for what the first bytes of ``stream`` say.
+
+    Raises:
+        PageError: no known format, a damaged header, empty or over the limit.
+    """
+    image = _identify(stream, max_image_pixels)
+    check_size(image.width, image.height, max_image_pixels)
+
+
 def finish(image: Image.Image, max_image_pixels: int) -> Image.Image:
     """Check the size of a perhaps undecoded ``image``, decode it and make it upright RGB on white.
 

@@ -76,17 +76,16 @@ class KVArena:
         self._length += tokens
         self._appended = [0] * len(self._appended)
 
-    def save(self, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """Copies of the committed keys and values ``start`` to ``end``, each [L, K, n, D]."""
+    def view(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Committed keys and values ``start`` to ``end``, each [L, K, n, D]; copy them to keep."""
         if not 0 <= start <= end <= self._length:
             raise RequestError(
-                f"cannot save tokens {start} to {end}; the arena holds {self._length}."
+                f"cannot take tokens {start} to {end}; the arena holds {self._length}."
             )
-        cut = slice(start, end)
-        return _copied(self.k[:, :, cut]), _copied(self.v[:, :, cut])
+        return self.k[:, :, start:end], self.v[:, :, start:end]
 
     def load(self, k: Tensor, v: Tensor) -> None:
-        """Appends and commits n tokens that :meth:`save` took from this or another arena.
+        """Appends and commits n tokens that :meth:`view` showed of this or another arena.
 
         k, v [L, K, n, D] of the arena's dtype, on any device. The bits are copied, nothing else.
         """
@@ -118,8 +117,3 @@ class KVArena:
     def reset(self) -> None:
         """Empties the arena; the memory stays."""
         self.truncate(0)
-
-
-def _copied(part: Tensor) -> Tensor:
-    """New contiguous memory, also where ``part`` is a whole tensor (``contiguous`` copies none)."""
-    return part.clone(memory_format=torch.contiguous_format)

@@ -6,8 +6,10 @@ import base64
 import binascii
 import contextlib
 import io
+import operator
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -15,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from mmr5_runtime.image_file import decode, finish
+from mmr5_runtime.image_file import check_header, decode, finish
 from mmr5_runtime.pdf import PDF_HEADER, render_pdf_page
 from mmr5_runtime.rgb import array_to_image, to_rgb
 from mmr5_runtime.types import PageError, RequestError
@@ -61,22 +63,67 @@ def open_page(
         PageError: the page cannot be read; the message names it and the remedy.
         RequestError: ``max_image_pixels`` or ``pdf_dpi`` is not above zero.
     """
+    check_limit(max_image_pixels)
+    with naming(page, index):
+        given = read_page(page, max_image_pixels, pdf_dpi=pdf_dpi)
+        return given if isinstance(given, Image.Image) else given.decode(max_image_pixels)
+
+
+def check_limit(max_image_pixels: int) -> None:
+    """Raises RequestError for a limit that no page can keep."""
     if max_image_pixels < 1:
         raise RequestError(f"max_image_pixels={max_image_pixels} is not above zero; raise it")
-    with naming(page, index):
-        if isinstance(page, tuple):
-            return _open_pdf_page(page, max_image_pixels, pdf_dpi)
-        if isinstance(page, Image.Image):
-            return finish(page, max_image_pixels)
-        if isinstance(page, np.ndarray):
-            return to_rgb(array_to_image(page, max_image_pixels))
-        if isinstance(page, bytes):
-            return _open_bytes(page, max_image_pixels)
-        if isinstance(page, str):
-            return _open_text(page, max_image_pixels)
-        if isinstance(page, os.PathLike):
-            return _open_path(Path(page), max_image_pixels)
-        raise PageError(f"a page cannot be a {type(page).__name__}; {_ACCEPTED}")
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedPage:
+    """A page as it was stored: an image file or, with ``pdf``, one page of a PDF file.
+
+    ``pdf`` is (page number from 1, resolution in dots per inch). ``from_text`` says that ``data``
+    came as plain base64, which may have been meant as a path.
+    """
+
+    data: bytes
+    pdf: tuple[int, float] | None = None
+    from_text: bool = False
+
+    def decode(self, max_image_pixels: int) -> Image.Image:
+        """The page as an upright RGB image; PageError as :func:`open_page`, without its name."""
+        if self.pdf is not None:
+            number, dpi = self.pdf
+            return render_pdf_page(self.data, number, dpi=dpi, max_image_pixels=max_image_pixels)
+        try:
+            return decode(io.BytesIO(self.data), max_image_pixels)
+        except PageError as error:
+            if not self.from_text:
+                raise
+            raise PageError(
+                f"no file of that name exists, and read as base64 it holds {len(self.data)} "
+                f"bytes: {error}"
+            ) from error
+
+
+def read_page(
+    page: Page, max_image_pixels: int, *, pdf_dpi: float = DEFAULT_PDF_DPI
+) -> EncodedPage | Image.Image:
+    """The stored bytes of ``page``, or its pixels (upright RGB) where it came as pixels.
+
+    A file is read once, as a whole, after its header was checked. The image shares memory with a
+    ``page`` that needed no change. Raises PageError as :func:`open_page`, without the page's name.
+    """
+    if isinstance(page, tuple):
+        return _read_pdf_page(page, pdf_dpi)
+    if isinstance(page, Image.Image):
+        return finish(page, max_image_pixels)
+    if isinstance(page, np.ndarray):
+        return to_rgb(array_to_image(page, max_image_pixels))
+    if isinstance(page, bytes):
+        return _read_bytes(page)
+    if isinstance(page, str):
+        return _read_text(page, max_image_pixels)
+    if isinstance(page, os.PathLike):
+        return _read_path(Path(page), max_image_pixels)
+    raise PageError(f"a page cannot be a {type(page).__name__}; {_ACCEPTED}")
 
 
 @contextlib.contextmanager
@@ -124,12 +171,12 @@ def _quote(text: str | os.PathLike[str], length: int = _QUOTED) -> str:
     return f"'{_shorten(os.fspath(text), length)}'"
 
 
-def _open_text(text: str, max_image_pixels: int) -> Image.Image:
+def _read_text(text: str, max_image_pixels: int) -> EncodedPage:
     if text[:5].lower() == "data:":
-        return _open_data_uri(text, max_image_pixels)
+        return _read_data_uri(text)
     local = text.removeprefix("file://")
     if os.path.exists(local):  # False, not an error, for text no file system takes as a name
-        return _open_path(Path(local), max_image_pixels)
+        return _read_path(Path(local), max_image_pixels)
     if "://" in text[:_QUOTED]:
         raise PageError("pages are not downloaded; fetch it and pass the path or the bytes")
     try:
@@ -140,15 +187,10 @@ def _open_text(text: str, max_image_pixels: int) -> Image.Image:
         ) from error
     if not data:
         raise PageError(f"the text is empty; {_ACCEPTED}")
-    try:
-        return _open_bytes(data, max_image_pixels)
-    except PageError as error:
-        raise PageError(
-            f"no file of that name exists, and read as base64 it holds {len(data)} bytes: {error}"
-        ) from error
+    return EncodedPage(data, from_text=True)
 
 
-def _open_data_uri(text: str, max_image_pixels: int) -> Image.Image:
+def _read_data_uri(text: str) -> EncodedPage:
     header, comma, payload = text[5:].partition(",")
     media_type, *parameters = (part.strip().lower() for part in header.split(";"))
     if not comma or "base64" not in parameters:
@@ -162,7 +204,7 @@ def _open_data_uri(text: str, max_image_pixels: int) -> Image.Image:
         data = _from_base64(payload)
     except PageError as error:
         raise PageError(f"the data URI is not base64 ({error}); encode the file again") from error
-    return _open_bytes(data, max_image_pixels)
+    return _read_bytes(data)
 
 
 def _from_base64(text: str) -> bytes:
@@ -173,30 +215,35 @@ def _from_base64(text: str) -> bytes:
         raise PageError(str(error)) from error
 
 
-def _open_path(path: Path, max_image_pixels: int) -> Image.Image:
+def _read_path(path: Path, max_image_pixels: int) -> EncodedPage:
     with _open_file(path) as stream:
         if path.suffix.lower() == ".pdf":
             raise PageError("a PDF needs a page number; pass (path, page_number) from 1")
-        return decode(stream, max_image_pixels)
+        # Before all of it is read, as a path may be that of anything.
+        check_header(stream, max_image_pixels)
+        return EncodedPage(_read_all(stream))
 
 
-def _open_bytes(data: bytes, max_image_pixels: int) -> Image.Image:
+def _read_bytes(data: bytes) -> EncodedPage:
     if not data:
         raise PageError("there are 0 bytes; pass the whole file")
-    return decode(io.BytesIO(data), max_image_pixels)
+    return EncodedPage(data)
 
 
-def _open_pdf_page(
-    page: tuple[PathName, int], max_image_pixels: int, pdf_dpi: float
-) -> Image.Image:
+def _read_pdf_page(page: tuple[PathName, int], pdf_dpi: float) -> EncodedPage:
     if len(page) != 2 or not isinstance(page[0], str | os.PathLike):
         raise PageError(f"a tuple has to be (PDF path, page number); {_ACCEPTED}")
-    path = Path(page[0])
-    with _open_file(path) as stream:
+    with _open_file(Path(page[0])) as stream:
         # PDF allows the header to follow some leading bytes; readers look at the first kilobyte.
         if PDF_HEADER not in stream.read(1024):
             raise PageError("only PDF files have page numbers and this is none; pass the path only")
-    return render_pdf_page(path, page[1], dpi=pdf_dpi, max_image_pixels=max_image_pixels)
+        try:
+            number = operator.index(page[1])
+        except TypeError:
+            raise PageError(
+                f"page number {page[1]!r} is no whole number; pages count from 1"
+            ) from None
+        return EncodedPage(_read_all(stream), pdf=(number, pdf_dpi))
 
 
 def _open_file(path: Path) -> IO[bytes]:
@@ -216,3 +263,11 @@ def _open_file(path: Path) -> IO[bytes]:
         raise PageError(
             f"the file cannot be opened ({error.strerror}); check its permissions"
         ) from error
+
+
+def _read_all(stream: IO[bytes]) -> bytes:
+    try:
+        stream.seek(0)
+        return stream.read()
+    except OSError as error:
+        raise PageError(f"the file cannot be read ({error.strerror}); copy it again") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import operator
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,23 +21,19 @@ _WRONG_PASSWORD = 4  # FPDF_ERR_PASSWORD of PDFium's public header
 _PDFIUM = threading.Lock()
 
 
-def render_pdf_page(path: Path, number: int, *, dpi: float, max_image_pixels: int) -> Image.Image:
-    """Page ``number`` (from 1) of the PDF at ``path``, rendered with its form fields at ``dpi``.
+def render_pdf_page(data: bytes, number: int, *, dpi: float, max_image_pixels: int) -> Image.Image:
+    """Page ``number`` (from 1) of the PDF file ``data``, rendered with its form fields at ``dpi``.
 
-    The pixel size is checked before anything is rendered. The file is closed on return.
+    The pixel size is checked before anything is rendered.
 
     Raises:
         PageError: pypdfium2 is not installed, the file is damaged, encrypted or no PDF, it has no
             such page, or the page is over the limit.
         RequestError: ``dpi`` is not above zero.
     """
-    try:
-        number = operator.index(number)
-    except TypeError:
-        raise PageError(f"page number {number!r} is no whole number; pages count from 1") from None
     if not (math.isfinite(dpi) and dpi > 0):
         raise RequestError(f"pdf_dpi={dpi!r} is not above zero; 144 suits most pages")
-    with _opened(path) as document:
+    with _opened(data) as document:
         document.init_forms()  # or filled-in fields would stay blank
         if not 1 <= number <= len(document):
             raise PageError(
@@ -64,8 +59,8 @@ def count_pdf_pages(path: Path) -> int:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """The ``pypdfium2.PdfDocument`` at ``path``, alone in the library until the block ends."""
+def _opened(source: Path | bytes) -> Iterator[Any]:
+    """The ``pypdfium2.PdfDocument`` of ``source``, alone in the library until the block ends."""
     try:
         import pypdfium2
     except ImportError as error:
@@ -75,7 +70,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
     with _PDFIUM:
         try:
-            with pypdfium2.PdfDocument(path) as document:
+            with pypdfium2.PdfDocument(source) as document:
                 yield document
         except pypdfium2.PdfiumError as error:
             if error.err_code == _WRONG_PASSWORD:

@@ -1,0 +1,154 @@
+"""Pages by what they show: a page seen before is known by its bytes and not decoded again.
+
+Two keys. The first, of the stored bytes, only saves decoding: it leads to the second in a table of
+this process. The second, of the decoded pixels, is what results are stored under, so the same page
+as PNG, as array or in another file name is the same page.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import struct
+import threading
+from collections import OrderedDict
+from dataclasses import replace
+from weakref import WeakValueDictionary
+
+from PIL import Image
+
+from mmr5_runtime.pages import EncodedPage, Page, check_limit, naming, read_page
+from mmr5_runtime.types import PageError
+
+Size = tuple[int, int]
+# SHA-256 of the stored bytes, and which page of a PDF at which resolution.
+_RawKey = tuple[bytes, tuple[int, float] | None]
+
+
+class PageSource:
+    """One page of a request, identified and perhaps not decoded yet; for one thread at a time.
+
+    ``size`` is (width, height) of the upright page; ``pixels`` is :func:`pixel_digest` of it;
+    ``page`` and ``index`` (0-based) are what messages name. The stored bytes are kept until the
+    page is decoded, so a file that changes meanwhile does not matter.
+    """
+
+    def __init__(
+        self,
+        page: Page,
+        index: int,
+        size: Size,
+        pixels: bytes,
+        content: Image.Image | EncodedPage,
+        max_image_pixels: int,
+    ) -> None:
+        self.page = page
+        self.index = index
+        self.size = size
+        self.pixels = pixels
+        self._content = content
+        self._max_image_pixels = max_image_pixels
+
+    @property
+    def decoded(self) -> bool:
+        """Whether the page had to be decoded so far."""
+        return isinstance(self._content, Image.Image)
+
+    def at(self, index: int) -> PageSource:
+        """The same page as candidate ``index`` of another request."""
+        source = copy.copy(self)
+        source.index = index
+        return source
+
+    def image(self) -> Image.Image:
+        """The upright RGB image, decoded now if it was not; not to be changed.
+
+        Raises:
+            PageError: the bytes gave other pixels when they were decoded before.
+        """
+        if not isinstance(self._content, Image.Image):
+            with naming(self.page, self.index):
+                image = self._content.decode(self._max_image_pixels)
+                # A PDF renderer may see other fonts than before. Results of these pixels must not
+                # be stored under the key of those.
+                if pixel_digest(image) != self.pixels:
+                    raise PageError("it looks different each time it is decoded; pass it as PNG")
+            self._content = image
+        return self._content
+
+
+class PageReader:
+    """Opens pages and remembers the identity of the last ``remembered`` ones; thread-safe.
+
+    Raises:
+        RequestError: ``max_image_pixels`` is not above zero.
+    """
+
+    def __init__(self, max_image_pixels: int, remembered: int = 100_000) -> None:
+        check_limit(max_image_pixels)
+        self._max_image_pixels = max_image_pixels
+        self._remembered = remembered
+        self._lock = threading.Lock()
+        self._known: OrderedDict[_RawKey, tuple[bytes, Size]] = OrderedDict()
+        # Pages that are still waiting, by the hash of their bytes: the pages of one PDF share them.
+        self._waiting: WeakValueDictionary[bytes, EncodedPage] = WeakValueDictionary()
+
+    def open(self, page: Page, index: int) -> PageSource:
+        """Identify ``page``, which is decoded only if its bytes were never seen.
+
+        Pixels handed over (PIL image, array) are copied, so that what is computed from them belongs
+        to the key even if the caller goes on drawing. Accepts and refuses what
+        :func:`mmr5_runtime.pages.open_page` does, with its messages: only pages within the size
+        limit are ever remembered.
+
+        Raises:
+            PageError: the page cannot be read; the message names it and the remedy.
+        """
+        with naming(page, index):
+            content = read_page(page, self._max_image_pixels)
+            if isinstance(content, Image.Image):
+                content = content.copy()
+                return self._source(page, index, content, pixel_digest(content), content.size)
+            data_hash = hashlib.sha256(content.data).digest()
+            key = (data_hash, content.pdf)
+            if (known := self._recall(key)) is not None:
+                return self._source(page, index, self._share(data_hash, content), *known)
+            image = content.decode(self._max_image_pixels)
+            pixels = pixel_digest(image)
+            self._remember(key, (pixels, image.size))
+            return self._source(page, index, image, pixels, image.size)
+
+    def _source(
+        self, page: Page, index: int, content: Image.Image | EncodedPage, pixels: bytes, size: Size
+    ) -> PageSource:
+        return PageSource(page, index, size, pixels, content, self._max_image_pixels)
+
+    def _recall(self, key: _RawKey) -> tuple[bytes, Size] | None:
+        with self._lock:
+            if key in self._known:
+                self._known.move_to_end(key)
+            return self._known.get(key)
+
+    def _remember(self, key: _RawKey, identity: tuple[bytes, Size]) -> None:
+        with self._lock:
+            self._known[key] = identity
+            while len(self._known) > self._remembered:
+                self._known.popitem(last=False)
+
+    def _share(self, data_hash: bytes, content: EncodedPage) -> EncodedPage:
+        """``content`` over the same bytes object as other pages of the file that still wait."""
+        with self._lock:
+            if (other := self._waiting.get(data_hash)) is not None:
+                content = replace(content, data=other.data)
+            self._waiting[data_hash] = content
+        return content
+
+
+def pixel_digest(image: Image.Image) -> bytes:
+    """SHA-256 (32 bytes) over mode, width, height and pixels of an RGB image.
+
+    The size belongs to it: 30x150 and 150x30 pixels may be the same bytes.
+    """
+    sha256 = hashlib.sha256(struct.pack("<3sQQ", b"RGB", image.width, image.height))
+    sha256.update(image.tobytes())
+    return sha256.digest()
