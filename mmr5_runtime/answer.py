@@ -1,10 +1,16 @@
 """Generated text to a ranking.
 
-The first reading is the public MM-R5 script's: the first one-line ``<answer>[...]</answer>``
-anywhere, comma pieces through ``int``, ids outside 1..N dropped, missing ones appended in input
-order. Where that succeeds the order here is the same, except that a repeated id keeps its first
-place only (the script returns it twice). Where it fails the script answers the input order
-without saying so; here whatever can be read is used, and ``status`` always tells which it was.
+The reference is the public MM-R5 script: the first one-line ``<answer>[...]</answer>`` anywhere,
+comma pieces through ``int``, ids outside 1..N dropped, missing ones appended in input order. Where
+it reads the first list behind the reasoning, the order here is the same, except that a repeated id
+keeps its first place only (the script returns it twice).
+
+That first list is read by the :class:`AnswerMachine` that also watches the generation, well formed
+or not: the script would skip a malformed one in favour of a later one, but then no order would be
+certain before the text ends. Where there is no such list (no ``</think>``, an answer quoted in the
+reasoning, a list without one valid id) the script's reading comes first; where that fails too, the
+script answers the input order without saying so, and here whatever can be read is used. ``status``
+always tells how the order was obtained.
 """
 
 from __future__ import annotations
@@ -13,6 +19,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from mmr5_runtime.stopping.machine import AnswerMachine, whole_numbers
 from mmr5_runtime.types import Status
 
 _THINK_OPEN, _THINK_CLOSE, _ANSWER_OPEN = "<think>", "</think>", "<answer>"
@@ -20,8 +27,6 @@ _STRICT = re.compile(r"<answer>\[(.*?)\]</answer>")
 _OPEN = re.compile(r"<answer>", re.IGNORECASE)
 _CLOSE = re.compile(r"</answer>", re.IGNORECASE)
 _BARE_LIST = re.compile(r"\[([^\[\]]*)\]")
-# A decimal is matched whole so that its halves are not taken for two ids.
-_NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -36,18 +41,31 @@ class ParsedAnswer:
 def parse_answer(text: str, num_pages: int) -> ParsedAnswer:
     """Read the ranking of ``num_pages`` pages out of generated ``text``; never raises.
 
-    ``status`` is ``ok`` when the answer named every page exactly once, ``repaired`` when at least
-    one page could be read from it, ``fallback`` (input order) otherwise.
+    ``status`` is ``ok`` when the answer, written as the reference reads it, named every page
+    exactly once, ``repaired`` when at least one page could be read, ``fallback`` (input order)
+    otherwise.
     """
+    machine = AnswerMachine(num_pages)
+    machine.feed(text.encode("utf-8", "replace"))
+    machine.finish()
     strict = _STRICT.search(text)
-    ids = _integers(strict.group(1)) if strict else None
-    exact = ids is not None and _names_every_page(ids, num_pages)
-    if ids is None:
-        ids = _salvage(text, num_pages)
-    seen = dict.fromkeys(i - 1 for i in ids if 1 <= i <= num_pages)
-    order = (*seen, *(i for i in range(num_pages) if i not in seen))
-    status: Status = "ok" if exact else "repaired" if seen else "fallback"
-    return ParsedAnswer(order, status, extract_reasoning(text))
+    reference = _integers(strict[1]) if strict else None
+    ids: Sequence[int] = machine.ids
+    if not ids:  # always so when an answer is quoted
+        ids = _salvage(text, num_pages) if reference is None else reference
+    status: Status
+    if reference == list(ids) and _names_every_page(ids, num_pages):
+        status = "ok"
+    else:
+        status = "repaired" if any(1 <= i <= num_pages for i in ids) else "fallback"
+    return ParsedAnswer(order_of(ids, num_pages), status, extract_reasoning(text))
+
+
+def order_of(ids: Sequence[int], num_pages: int) -> tuple[int, ...]:
+    """The 0-based order that 1-based ``ids`` begin: repeated and unknown ones are dropped, missing
+    ones appended in input order. Always a permutation of ``range(num_pages)``."""
+    named = dict.fromkeys(i - 1 for i in ids if 1 <= i <= num_pages)
+    return (*named, *(page for page in range(num_pages) if page not in named))
 
 
 def _names_every_page(ids: Sequence[int], num_pages: int) -> bool:
@@ -101,8 +119,7 @@ def _tagged_bodies(text: str) -> Iterator[tuple[str, bool]]:
 
 def _numbers(body: str, num_pages: int, cut: bool) -> list[int]:
     """Whole numbers anywhere in the listing, as in ``[Image 2, Image 1]`` or ``2 > 1``."""
-    found = _NUMBER.findall(body.rpartition("]")[0] or body)
-    ids = [int(number) for number in found if "." not in number and len(number) < 10]
+    ids = [number for number, _ in whole_numbers(body.rpartition("]")[0] or body)]
     # Broken off inside a number: `1` may have been the start of `12`.
     if cut and ids and body[-1:].isdigit() and ids[-1] * 10 <= num_pages:
         ids.pop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,16 @@ import torch
 from mmr5_runtime.artifact import TensorReader, read_manifest, verify_hashes
 from mmr5_runtime.engine import Engine
 from mmr5_runtime.image import PixelBudget
+from mmr5_runtime.language import Language
 from mmr5_runtime.model import Model
-from mmr5_runtime.prompt import PromptTokenizer, template_sha256
+from mmr5_runtime.options import Layout
+from mmr5_runtime.prompt import (
+    DEFAULT_PROFILE,
+    PromptTokenizer,
+    load_template,
+    profile_names,
+)
+from mmr5_runtime.reuse.identity import engine_identity
 from mmr5_runtime.types import EngineError, RequestError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -22,7 +31,10 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 @dataclass(frozen=True)
 class LoadedEngine:
-    """One engine folder in memory; immutable and shared by all requests."""
+    """One engine folder in memory; immutable and shared by all requests.
+
+    ``identity`` (32 bytes) names everything that may change a bit of what the engine computes.
+    """
 
     engine: Engine
     tokenizer: PromptTokenizer
@@ -30,6 +42,28 @@ class LoadedEngine:
     image_settings: Mapping[str, Any]  # keyword arguments of image.preprocess
     generation_config: Mapping[str, Any]
     context: int  # tokens of prompt and reply together
+    identity: bytes
+
+    @cached_property
+    def language(self) -> Language:
+        """What decoding has to know of the tokens."""
+        return Language.of(self.tokenizer, self.engine.spec, self.engine.device)
+
+    def prompts(self, layout: Layout) -> PromptTokenizer:
+        """The engine's prompts in ``layout``; RequestError when its profile has no such layout."""
+        if layout == "reference":
+            return self.tokenizer
+        name = f"{self.tokenizer.template.profile}-{layout.replace('_', '-')}"
+        if name not in profile_names():
+            raise RequestError(
+                f"profile {self.tokenizer.template.profile} has no layout {layout!r}; pass "
+                "layout='reference', or load the engine with another profile."
+            )
+        return self.profile(name)
+
+    def profile(self, name: str) -> PromptTokenizer:
+        """The same tokenizer with another profile."""
+        return self.tokenizer.with_template(load_template(name))
 
 
 def load_engine(
@@ -40,25 +74,36 @@ def load_engine(
     min_pixels: int | None,
     max_pixels: int | None,
     check_hashes: bool,
+    profile: str | None = None,
 ) -> LoadedEngine:
     """Read and check the manifest, then stream the weights to the device.
+
+    ``profile`` replaces the one that the engine was exported for.
 
     Raises EngineError for anything wrong with the folder, RequestError for an option.
     """
     manifest = read_manifest(path)
     if check_hashes:
         verify_hashes(path, manifest)
-    if manifest.template_sha256 != template_sha256():
+    template = load_template(manifest.template.name)
+    if manifest.template_sha256 != template.sha256:
         raise EngineError(
             f"{path} was exported with another prompt template than this mmr5-runtime has; "
             "export it again with this version."
+        )
+    if profile is not None:
+        template = load_template(profile)
+    if template.pointwise:
+        raise EngineError(
+            f"profile {template.profile} judges single pages and ranks none; load the engine with "
+            f"profile='{DEFAULT_PROFILE}' and use plan='cascade'."
         )
     where = resolve_device(device)
     compute = resolve_dtype(dtype, where)
     # Everything small is checked before the weights are read, which takes minutes at 7B.
     stored = manifest.pixel_budget
     budget = PixelBudget(stored.min_pixels, stored.max_pixels).replaced(min_pixels, max_pixels)
-    tokenizer = PromptTokenizer.from_file(path / "tokenizer.json")
+    tokenizer = PromptTokenizer.from_file(path / "tokenizer.json", template)
     generation_config = _read_optional(path / "generation_config.json")
     with TensorReader(path, manifest) as reader:
         model = Model.from_tensors(manifest.spec, reader.get, manifest.formats, compute, where)
@@ -69,6 +114,7 @@ def load_engine(
         image_settings=manifest.image_settings,
         generation_config=generation_config,
         context=manifest.spec.text.max_position_embeddings,
+        identity=engine_identity(manifest, compute, where),
     )
 
 

@@ -140,6 +140,36 @@ def _attend(arena: KVArena, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tens
 
 
 @torch.no_grad()
+def read_together(
+    model: Model,
+    embeds: Sequence[Tensor],
+    positions: Sequence[Tensor],
+    arenas: Sequence[KVArena],
+) -> Tensor:
+    """:func:`prefill` of B different sequences at once; fp32 logits [B, V] of their last tokens.
+
+    Each embeds [T_i, hidden], positions [3, T_i]. Linears run once over all rows, attention per
+    sequence, so the last bits of a sequence's numbers depend on its company. Raises
+    :class:`ContextOverflowError` when one arena is full; no arena is changed then.
+    """
+    lengths = [len(part) for part in embeds]
+    for arena, tokens in zip(arenas, lengths, strict=True):
+        arena.require(tokens)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        sequences = zip(arenas, *(rows.split(lengths) for rows in (q, k, v)), strict=True)
+        return torch.cat([_attend(arena, layer, *qkv) for arena, *qkv in sequences])
+
+    rotary = torch.cat(list(positions), dim=1).to(model.device)
+    hidden = model.decoder(torch.cat(list(embeds)), rotary, attend)
+    for arena, tokens in zip(arenas, lengths, strict=True):
+        arena.commit(tokens)
+    last = torch.tensor(lengths).cumsum(0) - 1
+    logits: Tensor = model.decoder.logits(hidden[last.to(model.device)])
+    return logits
+
+
+@torch.no_grad()
 def decode_step(
     model: Model, token_ids: Tensor, positions: Tensor, arenas: Sequence[KVArena]
 ) -> Tensor:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mmr5_runtime.image import PixelBudget, fitting_max_pixels, planned_tokens
+from mmr5_runtime.image import PixelBudget, fitting_max_pixels, planned_sizes
 from mmr5_runtime.pages import Page, naming
-from mmr5_runtime.prompt import PromptTokenizer
+from mmr5_runtime.prompt import PromptTokenizer, Segments
+from mmr5_runtime.rope import Grid
 from mmr5_runtime.spec import VisionSpec
 from mmr5_runtime.types import ContextOverflowError
 
@@ -18,11 +19,75 @@ Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class ContextPlan:
-    """Prompt ids, and how many tokens may follow them."""
+class PlannedPage:
+    """What a page will be: (width, height) after each resize, patches, tokens in the prompt."""
 
-    token_ids: list[int]
+    sizes: tuple[Size, Size]
+    grid: Grid
+    tokens: int
+
+
+@dataclass(frozen=True)
+class ContextPlan:
+    """A prompt cut into segments, and how many tokens may follow it."""
+
+    segments: Segments
     max_new_tokens: int
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The whole prompt."""
+        return self.segments.ids
+
+
+def plan_pages(
+    pages: Sequence[Page], sizes: Sequence[Size], vision: VisionSpec, budget: PixelBudget
+) -> list[PlannedPage]:
+    """What pages of (width, height) ``sizes`` become; PageError for one that cannot be resized."""
+    patch, merge = vision.patch_size, vision.spatial_merge_size
+    planned = []
+    for index, (page, (width, height)) in enumerate(zip(pages, sizes, strict=True)):
+        with naming(page, index):
+            resized = planned_sizes(width, height, budget, patch_size=patch, merge_size=merge)
+        columns, rows = resized[1][0] // patch, resized[1][1] // patch
+        planned.append(PlannedPage(resized, (1, rows, columns), rows * columns // merge**2))
+    return planned
+
+
+def plan_prompt(
+    tokenizer: PromptTokenizer,
+    vision: VisionSpec,
+    context: int,
+    query: str,
+    sizes: Sequence[Size],
+    planned: Sequence[PlannedPage],
+    budget: PixelBudget,
+    max_new_tokens: int,
+) -> ContextPlan:
+    """Tokenize the prompt for ``planned`` pages and check it against ``context``.
+
+    ``max_new_tokens`` is cut to what the context leaves, but never below what a reply about all
+    pages needs: then ContextOverflowError gives the tokens per page and the ``max_pixels`` that
+    would fit. Raises RequestError for a bad query.
+    """
+    per_page = [page.tokens for page in planned]
+    segments = tokenizer.segments(query, per_page)
+    total = len(segments.ids)
+    reply = reply_tokens(len(planned), max_new_tokens)
+    room = context - total
+    if room < reply:
+        shape = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}
+        allowance = context - reply - (total - sum(per_page))
+        fitting = fitting_max_pixels(sizes, allowance, budget, **shape) if allowance > 0 else None
+        if fitting:
+            remedy = f"pass max_pixels={fitting} or fewer pages"
+        else:
+            remedy = "pass fewer pages" if len(sizes) > 1 else "shorten the question"
+        raise ContextOverflowError(
+            f"the prompt needs {total} tokens and {reply} for the reply, but the context "
+            f"holds {context} (visual tokens per page: {_abridged(per_page)}); {remedy}."
+        )
+    return ContextPlan(segments, min(max_new_tokens, room))
 
 
 def plan_context(
@@ -35,32 +100,35 @@ def plan_context(
     budget: PixelBudget,
     max_new_tokens: int,
 ) -> ContextPlan:
-    """Tokenize the prompt for pages of (width, height) ``sizes`` and check it against ``context``.
+    """:func:`plan_pages` and :func:`plan_prompt` in one, for a prompt of all ``pages``."""
+    planned = plan_pages(pages, sizes, vision, budget)
+    return plan_prompt(tokenizer, vision, context, query, sizes, planned, budget, max_new_tokens)
 
-    ``max_new_tokens`` is cut to what the context leaves, but never below what a reply about all
-    pages needs: then ContextOverflowError gives the tokens per page and the ``max_pixels`` that
-    would fit. Raises PageError for a size that cannot be resized, RequestError for a bad query.
-    """
-    shape = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}
-    per_page = []
-    for index, (page, (width, height)) in enumerate(zip(pages, sizes, strict=True)):
-        with naming(page, index):
-            per_page.append(planned_tokens(width, height, budget, **shape))
-    token_ids = tokenizer.encode(query, per_page)
-    reply = min(max_new_tokens, REPLY_TOKENS + REPLY_TOKENS_PER_PAGE * len(sizes))
-    room = context - len(token_ids)
-    if room < reply:
-        allowance = context - reply - (len(token_ids) - sum(per_page))
-        fitting = fitting_max_pixels(sizes, allowance, budget, **shape) if allowance > 0 else None
-        if fitting:
-            remedy = f"pass max_pixels={fitting} or fewer pages"
-        else:
-            remedy = "pass fewer pages" if len(sizes) > 1 else "shorten the question"
-        raise ContextOverflowError(
-            f"the prompt needs {len(token_ids)} tokens and {reply} for the reply, but the context "
-            f"holds {context} (visual tokens per page: {_abridged(per_page)}); {remedy}."
-        )
-    return ContextPlan(token_ids, min(max_new_tokens, room))
+
+def reply_tokens(num_pages: int, max_new_tokens: int) -> int:
+    """Tokens that have to be left for the reply to a prompt of ``num_pages``."""
+    return min(max_new_tokens, REPLY_TOKENS + REPLY_TOKENS_PER_PAGE * num_pages)
+
+
+def most_pages(
+    tokenizer: PromptTokenizer,
+    context: int,
+    query: str,
+    planned: Sequence[PlannedPage],
+    max_new_tokens: int,
+) -> int:
+    """How many of the pages fit one prompt, whichever they are: counted with the largest ones."""
+    largest = sorted((page.tokens for page in planned), reverse=True)
+
+    def fits(count: int) -> bool:
+        prompt = len(tokenizer.segments(query, largest[:count]).ids)
+        return prompt + reply_tokens(count, max_new_tokens) <= context
+
+    low, high = 0, len(largest)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
 
 
 def _abridged(counts: Sequence[int]) -> str:

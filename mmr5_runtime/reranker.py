@@ -1,8 +1,8 @@
 """The facade: an engine folder in, listwise rerankings of page images out.
 
-Data flow of one request: pages are opened and their token counts planned from their sizes (the
-context is checked before any page is resized), resized to patches, encoded by the vision tower,
-placed into the prompt, prefilled and decoded; the text is parsed into a permutation.
+Data flow of one request: options are checked and pages opened (``request``), the list is cut into
+prompts (``lists``), each prompt is read and answered (``window``), and the orders are put together
+(``serving``). What outlives a request is in ``memory``.
 """
 
 from __future__ import annotations
@@ -13,30 +13,22 @@ import threading
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Unpack
 
 import torch
-from PIL import Image
 
-from mmr5_runtime.answer import ReasoningStream, parse_answer
-from mmr5_runtime.engine import Generation
-from mmr5_runtime.image import PixelBudget, preprocess
+from mmr5_runtime.consistency import ConsistencyReport
+from mmr5_runtime.consistency_check import Query, check
+from mmr5_runtime.document import Document
 from mmr5_runtime.loading import LoadedEngine, load_engine
-from mmr5_runtime.pages import DEFAULT_MAX_IMAGE_PIXELS, Page, open_page
-from mmr5_runtime.planning import ContextPlan, plan_context
-from mmr5_runtime.prompt import PromptTokenizer, check_query
-from mmr5_runtime.sampler import Sampler, SamplingParams
-from mmr5_runtime.timing import Timings
-from mmr5_runtime.types import (
-    EngineError,
-    ReasoningDelta,
-    RequestError,
-    RerankResult,
-    StreamEvent,
-    Usage,
-)
-
-DEFAULT_MAX_NEW_TOKENS = 2048
+from mmr5_runtime.memory import Memory
+from mmr5_runtime.options import RerankKeywords, RerankOptions
+from mmr5_runtime.pages import DEFAULT_MAX_IMAGE_PIXELS, Page
+from mmr5_runtime.request import open_bank, open_request, open_sources
+from mmr5_runtime.reuse.config import CacheConfig
+from mmr5_runtime.reuse.page_source import PageSource
+from mmr5_runtime.serving import serve
+from mmr5_runtime.types import EngineError, RerankResult, StreamEvent
 
 
 class Reranker:
@@ -47,9 +39,9 @@ class Reranker:
     context manager.
     """
 
-    def __init__(self, loaded: LoadedEngine, *, max_image_pixels: int) -> None:
+    def __init__(self, loaded: LoadedEngine, memory: Memory) -> None:
         self._loaded: LoadedEngine | None = loaded
-        self._max_image_pixels = max_image_pixels
+        self._memory = memory
         self._lock = threading.Lock()
 
     @classmethod
@@ -63,6 +55,8 @@ class Reranker:
         max_pixels: int | None = None,
         max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS,
         verify_hashes: bool = False,
+        cache: CacheConfig | None = None,
+        profile: str | None = None,
     ) -> Reranker:
         """Load the engine folder that ``mmr5-export`` wrote.
 
@@ -70,9 +64,11 @@ class Reranker:
         ``bfloat16`` or ``float32``; ``auto`` takes bfloat16 on a GPU and float32 on a CPU.
         ``min_pixels`` and ``max_pixels`` replace the engine's pixel budget per page;
         ``max_image_pixels`` refuses larger inputs before they are decoded. ``verify_hashes``
-        reads every file and compares its SHA-256 (sizes are always compared).
+        reads every file and compares its SHA-256 (sizes are always compared). ``cache`` bounds
+        what is kept from one request to the next; ``profile`` replaces the engine's prompts.
 
-        Raises EngineError for a folder that is missing, incomplete, altered or too new.
+        Raises EngineError for a folder that is missing, incomplete, altered or too new, and for an
+        unusable disk cache; RequestError for an option.
         """
         loaded = load_engine(
             Path(path),
@@ -81,32 +77,30 @@ class Reranker:
             min_pixels=min_pixels,
             max_pixels=max_pixels,
             check_hashes=verify_hashes,
+            profile=profile,
         )
-        return cls(loaded, max_image_pixels=max_image_pixels)
+        return cls(loaded, Memory(cache or CacheConfig(), loaded, max_image_pixels))
+
+    @property
+    def cache(self) -> Memory:
+        """What is kept between requests: ``cache.stats()``, ``cache.clear()``."""
+        return self._memory
 
     def rerank(
         self,
         query: str,
         pages: Sequence[Page],
         top_k: int | None = None,
-        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
-        temperature: float = 0.0,
-        seed: int | None = None,
-        *,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
+        **options: Unpack[RerankKeywords],
     ) -> RerankResult:
-        """Rank ``pages`` for ``query``, best first.
+        """Rank ``pages`` for ``query``, best first; :class:`RerankOptions` explains the options.
 
         Greedy by default; ``temperature=0.3`` samples as the reference does, repeatably with a
-        ``seed``. ``top_k`` limits ``result.top``, not ``result.order``. Pixel limits given here
-        hold for this call.
+        ``seed``. With ``top_k`` only the first entries of ``result.order`` are the model's.
 
         Raises RequestError (PageError, ContextOverflowError) naming the input and the remedy.
         """
-        events = self._start(
-            query, pages, top_k, max_new_tokens, temperature, seed, min_pixels, max_pixels
-        )
+        events = self._start(query, pages, top_k, options)
         with self._lock, contextlib.closing(events):
             self._require_loaded()
             for event in events:
@@ -114,12 +108,22 @@ class Reranker:
                     return event
         raise AssertionError("a stream ends with its result")
 
-    async def arerank(self, query: str, pages: Sequence[Page], **options: Any) -> RerankResult:
+    async def arerank(
+        self,
+        query: str,
+        pages: Sequence[Page],
+        top_k: int | None = None,
+        **options: Unpack[RerankKeywords],
+    ) -> RerankResult:
         """:meth:`rerank` in a worker thread; takes the same options."""
-        return await asyncio.to_thread(self.rerank, query, pages, **options)
+        return await asyncio.to_thread(self.rerank, query, pages, top_k, **options)
 
     def rank(
-        self, query: str, pages: Sequence[Page], top_k: int | None = None, **options: Any
+        self,
+        query: str,
+        pages: Sequence[Page],
+        top_k: int | None = None,
+        **options: Unpack[RerankKeywords],
     ) -> list[dict[str, Any]]:
         """The list that sentence-transformers' ``CrossEncoder.rank`` gives.
 
@@ -136,23 +140,43 @@ class Reranker:
         query: str,
         pages: Sequence[Page],
         top_k: int | None = None,
-        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
-        temperature: float = 0.0,
-        seed: int | None = None,
-        *,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
+        **options: Unpack[RerankKeywords],
     ) -> Generator[StreamEvent, None, None]:
         """Yield :class:`ReasoningDelta` as the model reasons, then the :class:`RerankResult`.
 
         Bad input raises here, before the first event is asked for. Closing the generator stops
         decoding.
         """
-        return self._take_turns(
-            self._start(
-                query, pages, top_k, max_new_tokens, temperature, seed, min_pixels, max_pixels
-            )
-        )
+        return self._take_turns(self._start(query, pages, top_k, options))
+
+    def open_document(self, pages: Sequence[Page]) -> Document:
+        """Open and encode ``pages`` now and keep them in memory until the document is closed.
+
+        Raises RequestError when they do not fit the cache together; nothing is kept then.
+        """
+        loaded = self._require_loaded()
+        sources = open_sources(self._memory, pages)
+        bank = open_bank(loaded, self._memory, sources, loaded.budget)
+        document = Document(self.rerank, self._memory, sources, bank.keys)
+        try:
+            for index in range(len(bank)):
+                with self._lock:
+                    self._require_loaded()
+                    bank.embeddings(index)
+        except BaseException:
+            document.close()
+            raise
+        return document
+
+    def check(
+        self, queries: Sequence[Query], a: RerankKeywords, b: RerankKeywords
+    ) -> ConsistencyReport:
+        """How far the orders under options ``b`` agree with those under options ``a``.
+
+        Each of ``queries`` is ``(question, pages)`` or ``(question, pages, relevant)``, the last
+        the 0-based indices of the pages that answer it; recall is reported where all have them.
+        """
+        return check(self.rerank, queries, a, b)
 
     def _take_turns(
         self, events: Generator[StreamEvent, None, None]
@@ -169,85 +193,23 @@ class Reranker:
     def _start(
         self,
         query: str,
-        pages: Sequence[Page],
+        pages: Sequence[Page] | Sequence[PageSource],
         top_k: int | None,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int | None,
-        min_pixels: int | None,
-        max_pixels: int | None,
+        options: RerankKeywords,
     ) -> Generator[StreamEvent, None, None]:
         """Check and open everything now; the model runs when the events are asked for."""
         loaded = self._require_loaded()
-        check_query(query)
-        _check_options(pages, top_k, max_new_tokens)
-        budget = loaded.budget.replaced(min_pixels, max_pixels)
-        params = SamplingParams.from_generation_config(
-            loaded.generation_config, temperature=temperature, seed=seed
-        )
-        timings = Timings(loaded.engine.device)
-        with timings.span("load_pages"):
-            images = [
-                open_page(page, max_image_pixels=self._max_image_pixels, index=index)
-                for index, page in enumerate(pages)
-            ]
-        plan = plan_context(
-            loaded.tokenizer,
-            loaded.engine.spec.vision,
-            loaded.context,
-            query,
-            pages,
-            [image.size for image in images],
-            budget,
-            max_new_tokens,
-        )
-        return self._run(loaded, images, budget, plan, params, top_k, timings)
-
-    def _run(
-        self,
-        loaded: LoadedEngine,
-        images: Sequence[Image.Image],
-        budget: PixelBudget,
-        plan: ContextPlan,
-        params: SamplingParams,
-        top_k: int | None,
-        timings: Timings,
-    ) -> Generator[StreamEvent, None, None]:
-        engine = loaded.engine
-        embeddings, grids = [], []
-        for image in images:
-            with timings.span("preprocess"):
-                patched = preprocess(image, budget, **loaded.image_settings)
-            with timings.span("vision"):
-                embeddings.append(engine.encode_page(patched.pixel_values, patched.grid))
-            grids.append(patched.grid)
-        sampler = Sampler(params, plan.token_ids, engine.spec.text.vocab_size, engine.device)
-        generation = Generation(
-            engine, plan.token_ids, embeddings, grids, sampler, plan.max_new_tokens, timings
-        )
-        text = yield from _stream_text(loaded.tokenizer, generation)
-        with timings.span("parse"):
-            parsed = parse_answer(text, len(images))
-        yield RerankResult(
-            order=parsed.order,
-            status=parsed.status,
-            stop_reason=generation.stop_reason,
-            text=text,
-            reasoning=parsed.reasoning,
-            usage=Usage(
-                prompt_tokens=len(plan.token_ids),
-                image_tokens=sum(len(page) for page in embeddings),
-                completion_tokens=generation.num_tokens,
-                pages=len(images),
-            ),
-            top_k=top_k,
-            timings_ms=timings.total(),
-        )
+        asked = RerankOptions(top_k=top_k, **options)
+        return serve(open_request(loaded, self._memory, query, pages, asked))
 
     def close(self) -> None:
-        """Free the model; further calls raise EngineError. Waits for a running request."""
+        """Free the model and what was kept; further calls raise EngineError.
+
+        Waits for a running request.
+        """
         with self._lock:
             self._loaded = None
+            self._memory.clear()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
@@ -266,31 +228,3 @@ class Reranker:
         if self._loaded is None:
             raise EngineError("this Reranker is closed; load the engine again.")
         return self._loaded
-
-
-def _stream_text(
-    tokenizer: PromptTokenizer, generation: Generation
-) -> Generator[ReasoningDelta, None, str]:
-    """Yield the reasoning while it is decoded; returns the whole text."""
-    decoder, reasoning, text = tokenizer.stream(), ReasoningStream(), []
-    for token in generation:
-        text.append(decoder.feed(token))
-        if delta := reasoning.feed(text[-1]):
-            yield ReasoningDelta(delta)
-    text.append(decoder.flush())
-    if delta := reasoning.feed(text[-1]) + reasoning.finish():
-        yield ReasoningDelta(delta)
-    return "".join(text)
-
-
-def _check_options(pages: Sequence[Page], top_k: int | None, max_new_tokens: int) -> None:
-    if isinstance(pages, str | bytes) or not isinstance(pages, Sequence):
-        raise RequestError(
-            f"pages is a {type(pages).__name__}; pass a list of pages, even for a single one."
-        )
-    if not pages:
-        raise RequestError("no pages were given; pass at least one page to rank.")
-    if top_k is not None and top_k < 1:
-        raise RequestError(f"top_k={top_k} asks for nothing; pass 1 or more, or None for all.")
-    if max_new_tokens < 1:
-        raise RequestError(f"max_new_tokens={max_new_tokens} leaves no room; pass 1 or more.")

@@ -71,25 +71,41 @@ class Sampler:
         self._params = params
         self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
         self._seen[torch.as_tensor(prompt_ids, dtype=torch.long, device=device)] = True
+        self.interventions = 0  # choices that `allowed` changed
         self._generator = torch.Generator(device=device)
         if params.seed is None:
             self._generator.seed()
         else:
             self._generator.manual_seed(params.seed)
 
-    def pick(self, logits: Tensor) -> int:
-        """The next token for ``logits`` [V] float32; the token counts as seen from then on."""
+    def pick(self, logits: Tensor, allowed: Tensor | None = None) -> int:
+        """The next token for ``logits`` [V] float32; the token counts as seen from then on.
+
+        ``allowed`` [n] int64 limits the choice. The free choice is made first and kept where it is
+        allowed, so that a sequence which never leaves the allowed tokens is the one that would have
+        come without them; otherwise ``interventions`` counts one and the choice is made among the
+        allowed alone. Both together are the distribution limited to the allowed tokens.
+        """
         params = self._params
         if params.repetition_penalty != 1.0:
             penalty = params.repetition_penalty
             penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
             logits = torch.where(self._seen, penalised, logits)
-        if params.temperature == 0.0:
-            token = int(logits.argmax())
-        else:
-            token = self._sample(logits / params.temperature)
+        token = self._choose(logits)
+        if allowed is not None and not bool((allowed == token).any()):
+            self.interventions += 1
+            token = int(allowed[self._choose(logits[allowed])])
         self._seen[token] = True
         return token
+
+    def observe(self, token: int) -> None:
+        """A token that was not picked here, but written all the same: it counts as seen."""
+        self._seen[token] = True
+
+    def _choose(self, logits: Tensor) -> int:
+        if self._params.temperature == 0.0:
+            return int(logits.argmax())
+        return self._sample(logits / self._params.temperature)
 
     def _sample(self, logits: Tensor) -> int:
         best, ids = logits.topk(min(self._params.top_k or len(logits), len(logits)))

@@ -6,12 +6,24 @@ remedy, so that a command line can print it as it is and a service can pass it o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 Status = Literal["ok", "repaired", "fallback"]
-StopReason = Literal["eos", "max_tokens"]
+StopReason = Literal["eos", "tag", "determined", "top_k", "max_tokens", "deadline", "single_page"]
+ReasoningEnd = Literal["closed", "skipped", "budget", "deadline", "open"]
+Exactness = Literal[
+    "bit_identical",
+    "permutation_identical",
+    "topk_identical",
+    "token_identical",
+    "replanned",
+    "approximate",
+]
+EXACTNESS_LADDER: tuple[Exactness, ...] = get_args(Exactness)
+MissReason = Literal["query", "count", "order", "page", "parameters", "evicted"]
+PlanName = Literal["single", "sliding", "anchored", "tournament", "cascade"]
 
 
 class Mmr5Error(Exception):
@@ -44,12 +56,89 @@ class ExportError(Mmr5Error):
 
 @dataclass(frozen=True)
 class Usage:
-    """Token counts of one rerank."""
+    """Token counts of one rerank, all of its prompts together.
+
+    ``decode_steps`` counts forward passes after the prompt; fewer than ``completion_tokens`` when
+    drafts were accepted or text was forced.
+    """
 
     prompt_tokens: int
     image_tokens: int
     completion_tokens: int
     pages: int
+    decode_steps: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+
+
+def weakest(levels: Iterable[Exactness]) -> Exactness:
+    """The level furthest down the ladder; ``bit_identical`` of none."""
+    return max(levels, key=EXACTNESS_LADDER.index, default="bit_identical")
+
+
+@dataclass(frozen=True)
+class CacheUse:
+    """What one request computed and what it found remembered.
+
+    Segments are the text before the pages and each page of a prompt; ``misses`` counts those that
+    had to be read by the reason why they were not there, ``page_misses`` the same for pages that
+    had to be encoded. A page is *opened* without decoding when its file was seen before.
+    """
+
+    pages_encoded: int = 0
+    pages_remembered: int = 0
+    pages_decoded: int = 0
+    segments_read: int = 0
+    segments_remembered: int = 0
+    tokens_read: int = 0
+    tokens_remembered: int = 0
+    tokens_relocated: int = 0
+    replayed_tokens: int = 0
+    misses: Mapping[MissReason, int] = field(default_factory=dict)
+    page_misses: Mapping[MissReason, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WindowResult:
+    """One prompt of a plan: candidates in the order shown, and the order that came back."""
+
+    pages: tuple[int, ...]
+    order: tuple[int, ...]
+    round: int
+    status: Status
+    stop_reason: StopReason
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class PlanUse:
+    """How a list was cut into prompts.
+
+    ``page_prefills`` counts the page segments of all prompts, ``page_prefills_remembered`` those
+    whose keys and values were there already.
+    """
+
+    name: PlanName = "single"
+    rounds: int = 1
+    page_prefills: int = 0
+    page_prefills_remembered: int = 0
+    windows: tuple[WindowResult, ...] = ()
+    relevance: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Stability:
+    """How far seeded samples of one prompt agree; ``orders`` has one permutation per sample.
+
+    ``first`` is the share of samples that put the result's first candidate first, ``kendall_tau``
+    the mean over samples of their agreement with the result, ``mean_place`` the mean 1-based place
+    of every candidate, by candidate.
+    """
+
+    orders: tuple[tuple[int, ...], ...]
+    first: float
+    kendall_tau: float
+    mean_place: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -57,9 +146,18 @@ class RerankResult:
     """What one listwise rerank gives back.
 
     ``order`` holds 0-based candidate indices, best first, and is always a permutation of
-    ``range(pages)``. ``status`` says how it was obtained: ``ok`` (the answer was a permutation),
-    ``repaired`` (duplicates, unknown or missing ids were mended) or ``fallback`` (no answer could
-    be read, ``order`` is the input order).
+    ``range(pages)``. ``status`` says how it was obtained: ``ok`` (every id the model named was new
+    and valid, and it named all that matter), ``repaired`` (duplicates, unknown or missing ids were
+    mended) or ``fallback`` (no answer could be read, ``order`` is the input order).
+
+    ``exactness`` is the weakest guarantee of anything that took effect, against decoding the same
+    request to its end without any reuse: ``bit_identical`` (same bits), ``permutation_identical``
+    (same order), ``topk_identical`` (same first ``top_k``), ``token_identical`` (same tokens unless
+    two tie to the last bits), ``replanned`` (other prompts than one over all pages),
+    ``approximate``. ``tokens_saved`` *estimates* what stopping early saved: the tokens of the
+    canonical rest of the list. ``list_logprob`` belongs to the first entries of ``order``: the
+    log-probability of each under the model, among the candidates not yet named; it compares
+    choices within one list, not relevance between lists.
     """
 
     order: tuple[int, ...]
@@ -70,11 +168,26 @@ class RerankResult:
     usage: Usage
     top_k: int | None = None
     timings_ms: Mapping[str, float] = field(default_factory=dict)
+    exactness: Exactness = "bit_identical"
+    reasoning_end: ReasoningEnd = "closed"
+    tokens_saved: int = 0
+    interventions: int = 0
+    list_logprob: tuple[float, ...] = ()
+    cache: CacheUse = CacheUse()
+    plan: PlanUse = PlanUse()
+    stability: Stability | None = None
+    answer: str | None = None
+    candidates: tuple[int, ...] | None = None
 
     @property
     def top(self) -> tuple[int, ...]:
         """The first ``top_k`` candidates of ``order`` (all of them when ``top_k`` is None)."""
         return self.order if self.top_k is None else self.order[: self.top_k]
+
+    @property
+    def ranking(self) -> tuple[int, ...]:
+        """``top`` as pages of the open document a candidate list came from; else ``top``."""
+        return self.top if self.candidates is None else tuple(self.candidates[i] for i in self.top)
 
     @property
     def scores(self) -> tuple[float, ...]:
@@ -84,6 +197,11 @@ class RerankResult:
         """
         count = len(self.order)
         return tuple((count - rank) / count for rank in range(count))
+
+    @property
+    def score_type(self) -> str:
+        """What ``scores`` are made of: always the rank."""
+        return "rank"
 
 
 @dataclass(frozen=True)

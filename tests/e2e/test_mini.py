@@ -38,7 +38,7 @@ def test_ranks_held_out_lists(engine: Path) -> None:
             pages = [render_page(p.topic, p.kind, p.seed) for p in case.pages]
             result = reranker.rerank(case.question, pages)
             hits += result.order[0] in case.gold
-            well_formed += result.status == "ok" and result.stop_reason == "eos"
+            well_formed += result.status == "ok" and result.stop_reason == "determined"
     # A ranker at chance gets 5 of 24; 17 or more happens to it once in a hundred million runs.
     assert hits >= 17
     assert well_formed >= 23
@@ -65,6 +65,6 @@ def test_demo_samples(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pages = sorted(str(path) for path in SAMPLES.glob("*.png"))
     assert main(["--engine", str(engine), "--device", "cpu", question, *pages]) == 0
     out = capsys.readouterr().out
-    assert "Status       ok" in out and "Stop reason  eos" in out
+    assert "Status       ok" in out and "Stop reason  determined" in out
     best = out.partition("Ranking\n")[2].splitlines()[0]
     assert "rainfall-bar-chart" in best

@@ -41,21 +41,27 @@ def test_result_contract(reranker: Reranker) -> None:
     assert sorted(result.order) == [0, 1, 2, 3]
     assert result.top == result.order[:2]
     assert result.status in ("ok", "repaired", "fallback")
-    assert result.stop_reason in ("eos", "max_tokens")
+    assert result.stop_reason in ("eos", "max_tokens", "top_k", "determined")
     assert list(result.scores) == sorted(set(result.scores), reverse=True)
     assert all(0 < score <= 1 for score in result.scores)
     usage = result.usage
     assert usage.pages == 4 and usage.image_tokens == 4 * 6  # 56x84 pixels are 2x3 tokens
     assert usage.prompt_tokens > usage.image_tokens and 1 <= usage.completion_tokens <= 24
-    stages = ["load_pages", "preprocess", "vision", "prefill", "decode", "parse", "total"]
-    assert list(result.timings_ms) == stages
+    stages = ["load_pages", "image_decode", "preprocess", "vision", "prefill", "decode", "parse"]
+    assert {*stages, "kv_load", "kv_save", "total"} == set(result.timings_ms)
     parts = [value for stage, value in result.timings_ms.items() if stage != "total"]
     assert sum(parts) <= result.timings_ms["total"]
 
 
 def test_greedy_repeats(reranker: Reranker) -> None:
-    first, second = (reranker.rerank(QUESTION, _pages(3), max_new_tokens=20) for _ in range(2))
-    assert (first.text, first.order, first.usage) == (second.text, second.order, second.usage)
+    first, second, third = (
+        reranker.rerank(QUESTION, _pages(3), max_new_tokens=20, constrain=constrain)
+        for constrain in (True, True, False)
+    )
+    assert (first.text, first.order) == (second.text, second.order) == (third.text, third.order)
+    assert second.cache.replayed_tokens == first.usage.completion_tokens
+    assert third.cache.replayed_tokens == 0  # decoded in another way, so decoded again
+    assert third.usage.decode_steps == first.usage.decode_steps > second.usage.decode_steps
 
 
 def test_max_new_tokens_stops(reranker: Reranker) -> None:
@@ -63,8 +69,12 @@ def test_max_new_tokens_stops(reranker: Reranker) -> None:
     assert result.usage.completion_tokens == 1
 
 
-def test_one_page(reranker: Reranker) -> None:
-    assert reranker.rerank(QUESTION, _pages(1), max_new_tokens=5).order == (0,)
+def test_one_page_runs_no_model(reranker: Reranker) -> None:
+    result = reranker.rerank(QUESTION, _pages(1), max_new_tokens=5)
+    assert (result.order, result.status, result.stop_reason) == ((0,), "ok", "single_page")
+    assert result.usage.completion_tokens == result.cache.pages_encoded == 0
+    with pytest.raises(RequestError, match="reserved token"):
+        reranker.rerank("what <|image_pad|>", _pages(1))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (14, 792)])
@@ -139,10 +149,10 @@ def test_async_and_threads_give_the_same(reranker: Reranker) -> None:
 def test_pixel_limits_per_call_and_at_load(
     reranker: Reranker, tiny_engine: Callable[[str], Path]
 ) -> None:
-    pages = _pages(1, (280, 280))
+    pages = _pages(2, (280, 280))
     whole = reranker.rerank(QUESTION, pages, max_new_tokens=1).usage.image_tokens
     small = reranker.rerank(QUESTION, pages, max_new_tokens=1, max_pixels=20 * 784)
-    assert whole == 100 and small.usage.image_tokens <= 20
+    assert whole == 200 and small.usage.image_tokens <= 40
     with Reranker.load(tiny_engine("bf16"), "cpu", min_pixels=784, max_pixels=20 * 784) as other:
         assert other.rerank(QUESTION, pages, max_new_tokens=1).usage == small.usage
 
@@ -150,19 +160,24 @@ def test_pixel_limits_per_call_and_at_load(
 def test_context_overflow_names_a_remedy_that_works(reranker: Reranker) -> None:
     pages = _pages(3, (1120, 1120))  # 1,600 tokens each, the context holds 4,096
     with pytest.raises(ContextOverflowError, match="1600, 1600, 1600") as caught:
-        reranker.rerank(QUESTION, pages, max_new_tokens=4)
+        reranker.rerank(QUESTION, pages, max_new_tokens=4, plan="single")
     message = str(caught.value)
     assert "4096" in message
     limit = int(message.partition("max_pixels=")[2].split()[0])
     result = reranker.rerank(QUESTION, pages, max_new_tokens=4, max_pixels=limit)
     assert result.usage.image_tokens > 3 * 1200
     with pytest.raises(ContextOverflowError):
-        reranker.rerank(QUESTION, pages, max_new_tokens=4, max_pixels=limit + 60 * 784)
+        reranker.rerank(
+            QUESTION, pages, max_new_tokens=4, max_pixels=limit + 60 * 784, plan="single"
+        )
+    windows = reranker.rerank(QUESTION, pages, max_new_tokens=4)
+    assert windows.plan.name == "sliding" and windows.exactness == "replanned"
+    assert [len(window.pages) for window in windows.plan.windows] == [2, 2]
 
 
 def test_too_many_pages_for_any_resolution(reranker: Reranker) -> None:
     with pytest.raises(ContextOverflowError, match="pass fewer pages"):
-        reranker.rerank(QUESTION, _pages(500, (28, 28)), max_new_tokens=4)
+        reranker.rerank(QUESTION, _pages(500, (28, 28)), max_new_tokens=4, plan="single")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,148 @@
+"""Two stages: every page judged by itself, then the relevant ones ranked together.
+
+The scheme of MMRAG-RFT (arXiv 2512.17194): a pointwise pass drops what is irrelevant, a listwise
+pass ranks the rest, and on request the same model answers from the pages ranked best. The prompts
+are the profiles ``pointwise`` and ``mmrag``; a checkpoint that was not trained on them can be asked
+all the same, which says nothing about how good its judgement is.
+
+The pointwise prompts share their head, which is read once; pages and tails of several prompts are
+read together, their linears over all rows at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from mmr5_runtime.cursor import Cursor
+from mmr5_runtime.decoding import Decoding
+from mmr5_runtime.lists.plans import DEFAULT_WINDOW, single
+from mmr5_runtime.model import embed_prompt, read_together
+from mmr5_runtime.planning import most_pages
+from mmr5_runtime.prompt import PromptTokenizer, Segments
+from mmr5_runtime.ranking import Record, run_plan
+from mmr5_runtime.reading import read_prompt
+from mmr5_runtime.request import Request
+from mmr5_runtime.rope import mrope_positions
+from mmr5_runtime.sampler import Sampler
+from mmr5_runtime.types import ReasoningDelta
+
+POINTWISE, ANSWERING = "pointwise", "mmrag"
+RELEVANT = 0.5  # probability of "yes" from which on a page goes to the second stage
+LEAST_KEPT = 2  # pages that go on however irrelevant they look
+MOST_TOKENS = 8192  # of pages and tails read together
+PAGES_ANSWERED_FROM = 3
+_RESPONSE_OPEN, _RESPONSE_CLOSE = "<response>", "</response>"
+
+
+def cascade(request: Request, record: Record) -> Generator[ReasoningDelta, None, tuple[int, ...]]:
+    """Judge, rank and, if asked, answer; returns the order of all candidates.
+
+    Pages that are dropped follow those that are ranked, by their relevance.
+    """
+    relevance = judge(request)
+    record.relevance = tuple(relevance)
+    record.rounds += 1
+    by_relevance = sorted(range(len(relevance)), key=lambda page: (-relevance[page], page))
+    kept = sorted(by_relevance[: _kept(request, relevance)])
+    order = yield from run_plan(request, single(len(kept), request.options.top_k), record, kept)
+    order = (*order, *(page for page in by_relevance if page not in set(kept)))
+    if request.options.answer:
+        record.answer = answer(request, order[: request.options.top_k or PAGES_ANSWERED_FROM])
+    return order
+
+
+def _kept(request: Request, relevance: Sequence[float]) -> int:
+    """How many pages go on: the relevant ones, as many as are wanted, and no more than fit."""
+    options = request.options
+    wanted = max(LEAST_KEPT, options.top_k or 0, sum(p >= RELEVANT for p in relevance))
+    fits = most_pages(
+        request.tokenizer,
+        request.loaded.context,
+        request.query,
+        request.bank.planned,
+        options.max_new_tokens,
+    )
+    return min(wanted, options.window or DEFAULT_WINDOW, fits, len(relevance))
+
+
+@torch.inference_mode()
+def judge(request: Request) -> list[float]:
+    """Probability of "yes" against "no" for every candidate, from its own prompt's first token."""
+    tokenizer = request.loaded.profile(POINTWISE)
+    yes, no = tokenizer.verdict_ids
+    model = request.loaded.engine.model
+    chances: list[float] = []
+    for group in _groups(request, tokenizer):
+        cursors: list[Cursor] = []
+        embeds, positions = [], []
+        for page, segments in group:
+            cursor = Cursor(request.loaded.engine, len(segments.ids))
+            cursor.read_head(segments.head, cursors[0] if cursors else None)
+            ids = torch.tensor([*segments.pages[0], *segments.tail])
+            prompt_page = request.bank.page(page)
+            places, _ = mrope_positions(ids, [prompt_page.grid], model.spec, cursor.position)
+            embeds.append(embed_prompt(model, ids, [prompt_page.embeddings()]))
+            positions.append(places)
+            cursors.append(cursor)
+        with request.timings.span("judge"):
+            arenas = [cursor.arena for cursor in cursors]
+            logits = read_together(model, embeds, positions, arenas)
+            verdicts = logits[:, [yes, no]].double().softmax(-1)
+        chances += verdicts[:, 0].tolist()
+    return chances
+
+
+def _groups(request: Request, tokenizer: PromptTokenizer) -> Iterator[list[tuple[int, Segments]]]:
+    """Candidates with their prompts, as many at a time as are read together."""
+    group: list[tuple[int, Segments]] = []
+    tokens = 0
+    for page, planned in enumerate(request.bank.planned):
+        segments = tokenizer.segments(request.query, [planned.tokens])
+        count = len(segments.pages[0]) + len(segments.tail)
+        if group and tokens + count > MOST_TOKENS:
+            yield group
+            group, tokens = [], 0
+        group.append((page, segments))
+        tokens += count
+    yield group
+
+
+def answer(request: Request, pages: Sequence[int]) -> str:
+    """What the model answers to the question itself when it is shown ``pages``."""
+    tokenizer, memory = request.loaded.profile(ANSWERING), request.memory
+    plan = request.plan_prompt(pages, tokenizer)
+    prompt = request.prompt(plan, pages, tokenizer)
+    spec, device = request.loaded.engine.spec, request.loaded.engine.device
+    cursor = Cursor(request.loaded.engine, len(plan.token_ids) + plan.max_new_tokens)
+    logits = read_prompt(
+        prompt,
+        prompt.keys(),
+        cursor,
+        memory.segments,
+        memory.ledger,
+        request.counts,
+        request.timings,
+        request.deadline,
+    )
+    if logits is None:
+        return ""
+    free = replace(
+        request.options, stop="eos", top_k=None, think="full", constrain=False, draft=False
+    )
+    decoding = Decoding(
+        request.loaded.language,
+        cursor,
+        logits,
+        Sampler(request.params, plan.token_ids, spec.text.vocab_size, device),
+        len(pages),
+        free,
+        plan.max_new_tokens,
+        request.timings,
+        request.deadline,
+    )
+    text = tokenizer.decode(list(decoding))
+    # The last one, as the reasoning may quote the tag; everything if the model used none.
+    return text.rpartition(_RESPONSE_OPEN)[2].partition(_RESPONSE_CLOSE)[0].strip()

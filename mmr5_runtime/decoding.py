@@ -1,0 +1,316 @@
+"""From the logits after a prompt to an answer, and no further.
+
+Data flow of one answer::
+
+    logits -> sampler (masked inside the list) -> token -> bytes -> answer machine -> stop or step
+
+The machine reads the decoded bytes and says where in the answer the text is; everything else asks
+it: whether the list is masked, whether the reasoning has used up its budget, whether what may
+still come can change the order. Text that is not the model's choice (an empty reasoning, the end
+of one that ran out of budget or time) is *forced*: read in one pass, like a prompt.
+
+Each round of the loop reads the last token and, with a drafter, a few guesses behind it, in one
+pass. The sampler then chooses row by row; a guess counts only where it is what was chosen, so what
+comes out is what would have come out one token at a time. With a seed this holds as well, since
+one draw is made per token either way; it is the rejection rule of speculative sampling for
+proposals that are certain (Leviathan et al., arXiv 2211.17192).
+
+A greedy answer that was given before is *replayed*: its tokens go through the same loop without
+the model, and only where they end is its KV loaded and decoding continued.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from mmr5_runtime.cursor import Cursor
+from mmr5_runtime.deadline import Deadline
+from mmr5_runtime.drafting import Drafter
+from mmr5_runtime.language import Language
+from mmr5_runtime.options import RerankOptions
+from mmr5_runtime.replies import Replay, Step
+from mmr5_runtime.sampler import Sampler
+from mmr5_runtime.stopping.choices import choice_logprob, first_choice
+from mmr5_runtime.stopping.machine import AnswerMachine
+from mmr5_runtime.timing import Timings
+from mmr5_runtime.types import ReasoningEnd, StopReason
+
+ANSWER_OPEN = "<answer>["
+EMPTY_REASONING = "<think></think>" + ANSWER_OPEN
+REASONING_CLOSE = "</think>"
+
+
+@dataclass
+class Answer:
+    """What decoding has come to; complete once the iteration over :class:`Decoding` has ended.
+
+    ``known`` is the order of ids when time ran out before a list was written: by the probability
+    of each to come first.
+    """
+
+    machine: AnswerMachine
+    steps: list[Step] = field(default_factory=list)
+    stop_reason: StopReason = "max_tokens"
+    reasoning_end: ReasoningEnd = "open"
+    known: tuple[int, ...] | None = None
+    logprobs: list[float] = field(default_factory=list)
+    drafted: int = 0
+    accepted: int = 0
+    replayed: int = 0
+
+    @property
+    def tokens(self) -> list[int]:
+        return [step.token for step in self.steps]
+
+
+class Decoding:
+    """One answer being decoded; iterating yields new token ids, the end token excluded.
+
+    ``cursor`` stands behind the prompt and ``logits`` [V] fp32 are what the prompt predicts. After
+    the iteration the cursor stands behind the last token that was read.
+    """
+
+    def __init__(
+        self,
+        language: Language,
+        cursor: Cursor,
+        logits: Tensor,
+        sampler: Sampler,
+        num_pages: int,
+        options: RerankOptions,
+        max_new_tokens: int,
+        timings: Timings,
+        deadline: Deadline,
+        drafter: Drafter | None = None,
+        replay: Replay | None = None,
+    ) -> None:
+        self._language, self._cursor, self._sampler = language, cursor, sampler
+        self._logits = logits
+        self._options, self._limit = options, max_new_tokens
+        self._timings, self._deadline = timings, deadline
+        self._drafter, self._replay = drafter, replay
+        self._prompt = cursor.mark
+        self._text = b""
+        self._chosen: float | None = None  # log-probability of the id being written
+        self.answer = Answer(AnswerMachine(num_pages, constrained=options.constrain))
+
+    def __iter__(self) -> Iterator[int]:
+        answer, machine = self.answer, self.answer.machine
+        self._deadline.start_steps()
+        yield from self._run()
+        if answer.reasoning_end == "open" and machine.state not in ("before", "think"):
+            answer.reasoning_end = "closed"
+
+    def _run(self) -> Iterator[int]:
+        rows: Sequence[Tensor] = [self._logits]
+        proposed: list[int] = []
+        if forced := self._skip_reasoning():
+            rows = [self._force(forced)]
+            yield from forced
+        elif self._replay:
+            if (yield from self._play(self._replay)):
+                return
+            rows = self._next_rows(proposed)
+        while True:
+            closing: list[int] = []
+            for index, row in enumerate(rows):
+                token = self._choose(row)
+                if token in self._language.end_ids:
+                    return
+                self.answer.accepted += index > 0
+                yield token
+                if self._ended():
+                    return
+                if closing := self._close_reasoning():
+                    break
+                if proposed[index : index + 1] != [token]:
+                    break
+            self._settle()
+            if closing:
+                rows, proposed = [self._force(closing)], []
+                yield from closing
+                if self._is_over(rows[0]):
+                    return
+            else:
+                proposed = self._draft()
+                rows = self._next_rows(proposed)
+            self._deadline.tick()
+
+    def _choose(self, row: Tensor) -> int:
+        """Pick, record and read the next token; an end token ends the answer."""
+        with self._timings.span("decode"):
+            step = self._pick(row)
+        self.answer.steps.append(step)
+        if step.token in self._language.end_ids:
+            self.answer.stop_reason = "eos"
+            self.answer.machine.finish()
+        else:
+            self._take(step)
+        return step.token
+
+    def _is_over(self, row: Tensor) -> bool:
+        """Whether the answer ends right behind text that closed the reasoning."""
+        if self.answer.reasoning_end == "deadline":
+            self.answer.known = self._rank_by_first_choice(row)
+            self.answer.stop_reason = "deadline"
+            return True
+        return self._ended()
+
+    def _pick(self, row: Tensor) -> Step:
+        machine, language = self.answer.machine, self._language
+        listing = machine.state == "list" and self._options.constrain
+        before = self._sampler.interventions
+        allowed = language.mask.allowed(machine) if listing else None
+        token = self._sampler.pick(row, allowed)
+        logprob = (
+            choice_logprob(row, token, machine, language.mask, language.vocabulary)
+            if listing
+            else None
+        )
+        return Step(token, logprob, self._sampler.interventions > before)
+
+    def _take(self, step: Step) -> None:
+        """Let the machine read a token, and close the log-probability of an id it completes."""
+        machine, data = self.answer.machine, self._language.vocabulary[step.token]
+        known = len(machine.ids)
+        machine.feed(data)
+        self._text += data
+        if step.logprob is not None:
+            self._chosen = (self._chosen or 0.0) + step.logprob
+        for _ in machine.ids[known:]:
+            self.answer.logprobs.append(math.nan if self._chosen is None else self._chosen)
+            self._chosen = None
+
+    def _ended(self) -> bool:
+        """Whether nothing more is needed, or allowed; says why."""
+        answer, options = self.answer, self._options
+        machine = answer.machine
+        determined = options.stop == "determined" and not machine.quoted and bool(machine.ids)
+        if determined and options.top_k is not None and len(machine.ids) >= options.top_k:
+            answer.stop_reason = "determined" if machine.determined else "top_k"
+        elif determined and machine.determined:
+            answer.stop_reason = "determined"
+        elif options.stop == "tag" and machine.closed_by_tag and not machine.quoted:
+            answer.stop_reason = "tag"
+        elif len(answer.steps) >= self._limit:
+            answer.stop_reason = "max_tokens"
+            machine.finish()
+        elif self._deadline.passed(steps_needed=1) and not self._can_close():
+            answer.stop_reason = "deadline"
+        else:
+            return False
+        return True
+
+    def _can_close(self) -> bool:
+        """Whether forced text can still open a list: none has been opened, and none was quoted."""
+        machine = self.answer.machine
+        return machine.state in ("before", "think", "between") and not machine.quoted
+
+    def _settle(self) -> None:
+        """Forget what was read beyond the last accepted token, which itself comes next."""
+        read = self._cursor.mark.length - self._prompt.length
+        self._cursor.forget(read - (len(self.answer.steps) - 1))
+
+    def _draft(self) -> list[int]:
+        if self._drafter is None:
+            return []
+        room = self._limit - len(self.answer.steps) - 1
+        return self._drafter.propose(self.answer.tokens, self.answer.machine, self._text)[:room]
+
+    def _next_rows(self, proposed: Sequence[int]) -> list[Tensor]:
+        self.answer.drafted += len(proposed)
+        with self._timings.span("decode"):
+            return list(self._cursor.step([self.answer.steps[-1].token, *proposed]))
+
+    def _force(self, tokens: Sequence[int]) -> Tensor:
+        """Read ``tokens`` behind the last one, chosen by nobody; logits [V] after them."""
+        last = [step.token for step in self.answer.steps[-1:]]
+        with self._timings.span("decode"):
+            row = self._cursor.step([*last, *tokens])[-1]
+        for token in tokens:
+            self._sampler.observe(token)
+            self.answer.steps.append(Step(token))
+            self._take(self.answer.steps[-1])
+        return row
+
+    def _play(self, replay: Replay) -> Generator[int, None, bool]:
+        """Replay remembered steps; True when this request ends within them."""
+        for step in replay.steps:
+            self.answer.steps.append(step)
+            self.answer.replayed += 1
+            self._sampler.observe(step.token)
+            self._sampler.interventions += step.intervened
+            if step.token in self._language.end_ids:
+                self.answer.stop_reason = "eos"
+                self.answer.machine.finish()
+                return True
+            self._take(step)
+            yield step.token
+            if self._ended():
+                return True
+        with self._timings.span("kv_load"):
+            replay.load(self._cursor)
+        return False
+
+    def _skip_reasoning(self) -> list[int]:
+        """Tokens of an empty reasoning, where the answer is to come without one."""
+        think = self._options.think
+        if think not in ("off", "auto"):
+            return []
+        forced = self._language.encode(EMPTY_REASONING)
+        if think == "auto" and not self._is_clear(forced):
+            return []
+        self.answer.reasoning_end = "skipped"
+        return forced
+
+    def _is_clear(self, forced: Sequence[int]) -> bool:
+        """Whether the first choice without reasoning leads by the margin; forgets the probe."""
+        probe = self.answer.machine.copy()
+        for token in forced:
+            probe.feed(self._language.vocabulary[token])
+        with self._timings.span("probe"):
+            row = self._cursor.step(forced)[-1]
+            chances = sorted(self._chances(row, probe).values(), reverse=True)
+        self._cursor.rewind(self._prompt)
+        return chances[0] - chances[1] >= self._options.think_margin
+
+    def _chances(self, row: Tensor, machine: AnswerMachine) -> dict[int, float]:
+        """Probability of every unused id to come next, for a cursor behind ``machine``'s text."""
+        mark = self._cursor.mark
+
+        def fork(tokens: Sequence[int]) -> Tensor:
+            logits = self._cursor.step(tokens)[-1]
+            self._cursor.rewind(mark)
+            return logits
+
+        language = self._language
+        return first_choice(row, machine, language.mask, language.vocabulary, fork)
+
+    def _close_reasoning(self) -> list[int]:
+        """Tokens that close the reasoning and open the list, where its budget or time is over."""
+        answer, budget = self.answer, self._options.think_budget
+        if not self._can_close():
+            return []
+        machine = answer.machine
+        reasoning = machine.state in ("before", "think")
+        if self._deadline.passed(steps_needed=2):
+            answer.reasoning_end = "deadline"
+        elif budget is not None and reasoning and len(answer.steps) >= budget:
+            answer.reasoning_end = "budget"
+        else:
+            return []
+        closing = REASONING_CLOSE[machine.pending_close :] if reasoning else ""
+        return self._language.encode(closing + ANSWER_OPEN)
+
+    def _rank_by_first_choice(self, row: Tensor) -> tuple[int, ...] | None:
+        """All ids by their probability to come first: what one more pass can still tell."""
+        machine = self.answer.machine
+        if machine.state != "list":
+            return None
+        with self._timings.span("decode"):
+            chances = self._chances(row, machine)
+        return tuple(sorted(chances, key=lambda number: (-chances[number], number)))

@@ -1,0 +1,67 @@
+"""Everything that outlives a request: one object per loaded engine, bounded in bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mmr5_runtime.drafting import SuffixIndex
+from mmr5_runtime.loading import LoadedEngine
+from mmr5_runtime.reuse.config import CacheConfig, check_limits
+from mmr5_runtime.reuse.encoder_cache import EncoderCache, EncoderCacheStats
+from mmr5_runtime.reuse.ledger import MissLedger, MissTotals
+from mmr5_runtime.reuse.page_source import PageReader
+from mmr5_runtime.reuse.relocate_store import RelocatableStats, RelocatableStore
+from mmr5_runtime.reuse.segments import SegmentStore, SegmentStoreStats
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """State and counters of every cache, and why there were misses, since the engine was loaded."""
+
+    encoder: EncoderCacheStats
+    segments: SegmentStoreStats
+    relocatable: RelocatableStats
+    misses: MissTotals
+
+
+class Memory:
+    """Page embeddings, segment KV, relocatable pages, answers to draft from.
+
+    Public as ``Reranker.cache``: :meth:`stats` and :meth:`clear`. Every part is thread-safe.
+    """
+
+    def __init__(self, config: CacheConfig, loaded: LoadedEngine, max_image_pixels: int) -> None:
+        """Raises RequestError when a limit cannot hold one page, EngineError for the disk tier."""
+        device, spec = loaded.engine.device, loaded.engine.spec
+        tokens = loaded.budget.max_pixels // spec.vision.factor**2
+        itemsize = loaded.engine.model.dtype.itemsize
+        text = spec.text
+        per_token = 2 * text.num_layers * text.num_kv_heads * text.head_dim * itemsize
+        check_limits(
+            config,
+            device,
+            embedding_bytes_per_page=tokens * text.hidden_size * itemsize,
+            kv_bytes_per_page=tokens * per_token,
+        )
+        self.reader = PageReader(max_image_pixels)
+        self.encoder = EncoderCache(config, device, loaded.identity)
+        self.segments = SegmentStore(config.kv_bytes, device)
+        self.relocatable = RelocatableStore(config.kv_bytes, device)
+        self.ledger = MissLedger()
+        self.history = SuffixIndex()
+
+    def stats(self) -> CacheStats:
+        return CacheStats(
+            encoder=self.encoder.stats(),
+            segments=self.segments.stats(),
+            relocatable=self.relocatable.stats(),
+            misses=self.ledger.totals(),
+        )
+
+    def clear(self) -> None:
+        """Forget everything in memory; counters and files of the disk tier stay."""
+        self.encoder.clear()
+        self.segments.clear()
+        self.relocatable.clear()
+        self.ledger.forget()
+        self.history = SuffixIndex()

@@ -1,0 +1,81 @@
+"""A request from its plan to its result."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+from mmr5_runtime.cascade import cascade
+from mmr5_runtime.ranking import BETWEEN_WINDOWS, STATUSES, Record, run_plan
+from mmr5_runtime.request import Request
+from mmr5_runtime.types import PlanUse, RerankResult, StreamEvent, Usage, weakest
+
+
+def serve(request: Request) -> Generator[StreamEvent, None, None]:
+    """Yield the reasoning as it is decoded, then the result."""
+    if len(request.bank) == 1:
+        yield _one_page(request)
+        return
+    record = Record()
+    if request.plan is None:
+        order = yield from cascade(request, record)
+    else:
+        order = yield from run_plan(request, request.plan, record)
+    yield _result(request, record, order)
+
+
+def _one_page(request: Request) -> RerankResult:
+    """A list of one page has one order; MM-R5 was never trained to answer it."""
+    return RerankResult(
+        order=(0,),
+        status="ok",
+        stop_reason="single_page",
+        text="",
+        reasoning="",
+        usage=Usage(0, 0, 0, 1),
+        top_k=request.options.top_k,
+        timings_ms=request.timings.total(),
+        reasoning_end="skipped",
+        cache=request.counts.total(),
+    )
+
+
+def _result(request: Request, record: Record, order: tuple[int, ...]) -> RerankResult:
+    outcomes, counts = record.outcomes, request.counts
+    last = outcomes[-1]
+    late = any(outcome.stop_reason == "deadline" for outcome in outcomes)
+    levels = [level for outcome in outcomes for level in outcome.exactness]
+    single = request.plan_name == "single"
+    return RerankResult(
+        order=order,
+        status=max((outcome.status for outcome in outcomes), key=STATUSES.index),
+        stop_reason="deadline" if late else last.stop_reason,
+        text=BETWEEN_WINDOWS.join(outcome.text for outcome in outcomes),
+        reasoning=BETWEEN_WINDOWS.join(outcome.reasoning for outcome in outcomes),
+        usage=Usage(
+            prompt_tokens=record.prompt_tokens,
+            image_tokens=record.image_tokens,
+            completion_tokens=sum(outcome.completion_tokens for outcome in outcomes),
+            pages=len(request.bank),
+            decode_steps=sum(outcome.decode_steps for outcome in outcomes),
+            draft_tokens=sum(outcome.draft_tokens for outcome in outcomes),
+            accepted_tokens=sum(outcome.accepted_tokens for outcome in outcomes),
+        ),
+        top_k=request.options.top_k,
+        timings_ms=request.timings.total(),
+        exactness=weakest(levels if single else [*levels, "replanned"]),
+        reasoning_end=last.reasoning_end,
+        tokens_saved=sum(outcome.tokens_saved for outcome in outcomes),
+        interventions=sum(outcome.interventions for outcome in outcomes),
+        list_logprob=last.list_logprob if single else (),
+        cache=counts.total(),
+        plan=PlanUse(
+            name=request.plan_name,
+            rounds=record.rounds,
+            page_prefills=counts.page_prefills,
+            page_prefills_remembered=counts.page_prefills_remembered,
+            windows=tuple(record.windows),
+            relevance=record.relevance,
+        ),
+        stability=record.stability,
+        answer=record.answer,
+    )

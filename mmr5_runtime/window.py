@@ -1,0 +1,214 @@
+"""One prompt, from its pages to their order: what every plan is made of.
+
+Data flow: the prompt is read (``reading``, or ``relocation`` for pages moved from elsewhere), the
+answer decoded (``decoding``), and what was written becomes an order with a status.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+
+from torch import Tensor
+
+from mmr5_runtime.answer import ReasoningStream, extract_reasoning, order_of, parse_answer
+from mmr5_runtime.cursor import Cursor
+from mmr5_runtime.decoding import Answer, Decoding
+from mmr5_runtime.drafting import Drafter
+from mmr5_runtime.model import MAX_DECODE_TOKENS
+from mmr5_runtime.options import RerankOptions
+from mmr5_runtime.reading import read_prompt
+from mmr5_runtime.relocation import read_relocated_prompt
+from mmr5_runtime.replies import Replies
+from mmr5_runtime.request import Request
+from mmr5_runtime.sampler import Sampler, SamplingParams
+from mmr5_runtime.types import Exactness, ReasoningDelta, ReasoningEnd, Status, StopReason
+
+
+@dataclass
+class Outcome:
+    """What one answer gave; ``order`` counts the pages of the prompt from 0."""
+
+    order: tuple[int, ...]
+    status: Status
+    stop_reason: StopReason
+    text: str = ""
+    reasoning: str = ""
+    reasoning_end: ReasoningEnd = "open"
+    exactness: list[Exactness] = field(default_factory=list)
+    tokens_saved: int = 0
+    interventions: int = 0
+    list_logprob: tuple[float, ...] = ()
+    completion_tokens: int = 0
+    decode_steps: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+
+    @classmethod
+    def out_of_time(cls, num_pages: int) -> Outcome:
+        """The input order: time was over before the model could say anything."""
+        order = tuple(range(num_pages))
+        return cls(order, "fallback", "deadline", "", "", "deadline", ["approximate"])
+
+
+class WindowRun:
+    """One prompt of a request that is read once and answered once or several times."""
+
+    def __init__(self, request: Request, pages: Sequence[int], top: int | None) -> None:
+        """``pages``: candidates in the order shown; ``top``: best places that matter, None all."""
+        self._request = request
+        self._count = len(pages)
+        self._options = replace(request.options, top_k=top)
+        self._plan = request.plan_prompt(pages)
+        self._prompt = request.prompt(self._plan, pages)
+        # Drafts and probes reach a little beyond the last token that can be kept.
+        room = self._plan.max_new_tokens + MAX_DECODE_TOKENS
+        self._cursor = Cursor(request.loaded.engine, len(self.token_ids) + room)
+        self._logits: Tensor | None = None
+        self._replies: Replies | None = None
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self._plan.token_ids
+
+    def read(self) -> bool:
+        """Read the prompt; False when time was over before its end."""
+        request, keys = self._request, self._prompt.keys()
+        common = (request.counts, request.timings, request.deadline)
+        memory = request.memory
+        if self._options.image_kv == "relocate":
+            self._logits = read_relocated_prompt(
+                request, self._prompt, self._cursor, self._options.recompute
+            )
+        else:
+            self._logits = read_prompt(
+                self._prompt, keys, self._cursor, memory.segments, memory.ledger, *common
+            )
+            if how := _replayable(self._options, request.params):
+                last = (keys.head, *keys.segments)[-1]
+                self._replies = Replies(memory.segments, self._prompt.key(keys), last, how)
+        self._start = self._cursor.mark
+        return self._logits is not None
+
+    def answer(self, seed_offset: int = 0) -> Generator[ReasoningDelta, None, Outcome]:
+        """Decode one answer, its reasoning as it comes; each call starts behind the prompt."""
+        assert self._logits is not None
+        request, language = self._request, self._request.loaded.language
+        self._cursor.rewind(self._start)
+        params = request.params
+        if seed_offset and params.seed is not None:
+            params = replace(params, seed=(params.seed + seed_offset) % (1 << 64))
+        spec, device = request.loaded.engine.spec, request.loaded.engine.device
+        sampler = Sampler(params, self.token_ids, spec.text.vocab_size, device)
+        drafter = None
+        if self._options.draft:
+            ends = request.loaded.engine.spec.eos_token_ids
+            drafter = Drafter(language.encode, ends, self._count, request.memory.history)
+        decoding = Decoding(
+            language,
+            self._cursor,
+            self._logits,
+            sampler,
+            self._count,
+            self._options,
+            self._plan.max_new_tokens,
+            request.timings,
+            request.deadline,
+            drafter,
+            self._replies.recall() if self._replies else None,
+        )
+        began, steps = perf_counter(), self._cursor.steps
+        text = yield from self._stream(decoding)
+        answer = decoding.answer
+        if self._replies:
+            cost_ms = 1e3 * (perf_counter() - began)
+            self._replies.remember(answer.steps, self._cursor, self._start, cost_ms)
+        request.counts.replayed_tokens += answer.replayed
+        request.memory.history.add(answer.tokens)
+        with request.timings.span("parse"):
+            outcome = _outcome(answer, text, self._count, self._options)
+        saved = answer.stop_reason in ("determined", "top_k", "tag")
+        named = answer.machine.ids
+        missing = tuple(i + 1 for i in outcome.order if i + 1 not in named)
+        rest = language.list_rest(named, missing) if saved else 0
+        outcome.tokens_saved = 1 if answer.stop_reason == "tag" else rest
+        outcome.interventions = sampler.interventions
+        outcome.decode_steps = self._cursor.steps - steps
+        return outcome
+
+    def _stream(self, decoding: Decoding) -> Generator[ReasoningDelta, None, str]:
+        """Yield the reasoning while it is decoded; returns the whole text."""
+        decoder, reasoning, text = self._request.tokenizer.stream(), ReasoningStream(), []
+        for token in decoding:
+            text.append(decoder.feed(token))
+            if delta := reasoning.feed(text[-1]):
+                yield ReasoningDelta(delta)
+        text.append(decoder.flush())
+        if delta := reasoning.feed(text[-1]) + reasoning.finish():
+            yield ReasoningDelta(delta)
+        return "".join(text)
+
+
+def _replayable(options: RerankOptions, params: SamplingParams) -> str | None:
+    """What spells out how a greedy answer is decoded, if one may be remembered."""
+    if options.temperature or options.think != "full" or options.deadline_ms is not None:
+        return None
+    penalty = params.repetition_penalty
+    return f"constrain={options.constrain} draft={options.draft} penalty={penalty}"
+
+
+def _outcome(answer: Answer, text: str, count: int, options: RerankOptions) -> Outcome:
+    order, status = _order(answer, text, count)
+    return Outcome(
+        order=order,
+        status=status,
+        stop_reason=answer.stop_reason,
+        text=text,
+        reasoning=extract_reasoning(text),
+        reasoning_end=answer.reasoning_end,
+        exactness=_exactness(answer, options),
+        list_logprob=_logprobs(answer),
+        completion_tokens=len(answer.steps),
+        draft_tokens=answer.drafted,
+        accepted_tokens=answer.accepted,
+    )
+
+
+def _order(answer: Answer, text: str, count: int) -> tuple[tuple[int, ...], Status]:
+    """The machine's list where it read one, else what can be read from the whole text."""
+    machine, stop = answer.machine, answer.stop_reason
+    if answer.known is not None:
+        return order_of(answer.known, count), "repaired"
+    if not machine.ids:
+        parsed = parse_answer(text, count)
+        return parsed.order, parsed.status
+    complete = len(machine.ids) >= count - 1 if stop == "determined" else stop == "top_k"
+    if not complete:
+        complete = parse_answer(text, count).status == "ok"
+    status: Status = "ok" if complete and not machine.repaired else "repaired"
+    return order_of(machine.ids, count), status
+
+
+def _logprobs(answer: Answer) -> tuple[float, ...]:
+    """One per id of the list, if all of them were drawn by the model under the mask."""
+    drawn = answer.known is None and not any(map(math.isnan, answer.logprobs))
+    return tuple(answer.logprobs) if drawn else ()
+
+
+def _exactness(answer: Answer, options: RerankOptions) -> list[Exactness]:
+    """Guarantees of everything that took effect in this answer."""
+    levels: list[Exactness] = []
+    if answer.stop_reason == "determined":
+        levels.append("permutation_identical")
+    if answer.stop_reason == "top_k":
+        levels.append("topk_identical")
+    if answer.accepted:
+        levels.append("token_identical")
+    forced = answer.reasoning_end in ("skipped", "budget", "deadline")
+    if forced or answer.stop_reason == "deadline" or options.image_kv == "relocate":
+        levels.append("approximate")
+    if options.layout != "reference":
+        levels.append("replanned")
+    return levels
