@@ -25,7 +25,7 @@ from mmr5_runtime.types import Status
         ("[image_id_3, image_id_1, image_id_2]", (2, 0, 1), "repaired"),
         ("[2 > 3 > 1]", (1, 2, 0), "repaired"),
         ('["2", "3", "1"]', (1, 2, 0), "repaired"),
-        ("[[2], [3], [1]]", (1, 2, 0), "repaired"),
+        ("[[2], [3], [1]]", (1, 0, 2), "repaired"),  # a list ends at its first bracket
         ("[2\uff0c3\uff0c1]", (1, 2, 0), "repaired"),
         ("[1.3, 2]", (1, 0, 2), "repaired"),
         ("[id_most_relevant, id_second_relevant, ...]", (0, 1, 2), "fallback"),
@@ -66,11 +66,41 @@ def test_text(text: str, order: tuple[int, ...], status: Status) -> None:
     assert (parsed.order, parsed.status) == (order, status)
 
 
+@pytest.mark.parametrize(
+    ("answer", "order", "status"),
+    [
+        # the reference answers with the second list in all of these
+        ("<answer>[3,\n1]</answer><answer>[1, 2, 3]</answer>", (2, 0, 1), "repaired"),
+        ("<answer> [3]</answer><answer>[1, 2, 3]</answer>", (2, 0, 1), "repaired"),
+        ("<answer>[3, 1]\n</answer><answer>[1, 2, 3]</answer>", (2, 0, 1), "repaired"),
+        ("<answer>\n[2, 3, 1]\n</answer><answer>[2, 3, 1]</answer>", (1, 2, 0), "ok"),
+        ("<answer>\n[x]\n</answer><answer>[3, 2, 1]</answer>", (2, 1, 0), "ok"),
+        # not a list, so nothing was passed over
+        ("<answer>see [3]<answer>[2, 3, 1]</answer>", (1, 2, 0), "ok"),
+        ("<answer>3, 1</answer>", (2, 0, 1), "repaired"),
+    ],
+)
+def test_first_list_behind_the_reasoning(
+    answer: str, order: tuple[int, ...], status: Status
+) -> None:
+    parsed = parse_answer(f"a</think>{answer}", 3)
+    assert (parsed.order, parsed.status) == (order, status)
+
+
+def test_an_answer_quoted_in_the_reasoning_is_the_references() -> None:
+    text = "so <answer>[3, 2, 1]</answer> it is</think><answer>[1, 2, 3]</answer>"
+    assert parse_answer(text, 3).order == (2, 1, 0)
+    assert parse_answer(text.replace("]</answer> it", "] it"), 3).order == (0, 1, 2)
+
+
 def test_number_broken_off_by_the_token_limit_is_not_believed() -> None:
-    assert parse_answer("<answer>[3, 1", 12).order[:2] == (2, 0)
-    assert parse_answer("<answer>[3, 1", 12).order == parse_answer("<answer>[3", 12).order
-    assert parse_answer("<answer>[3, 2", 12).order[:2] == (2, 1)
-    assert parse_answer("<answer>[3, 1,", 12).order[:2] == (2, 0)
+    for opening in ("<answer>[", "</think><answer>["):
+        assert parse_answer(f"{opening}5, 1", 12).order[:2] == (4, 0)
+        assert parse_answer(f"{opening}5, 1", 12).order == parse_answer(f"{opening}5", 12).order
+        assert parse_answer(f"{opening}5, 2", 12).order[:2] == (4, 1)
+        assert parse_answer(f"{opening}5, 2, 1", 12).order[:3] == (4, 1, 0)
+        assert parse_answer(f"{opening}5, 2, 1", 12).order[3] == 2
+        assert parse_answer(f"{opening}5, 10", 12).order[:2] == (4, 9)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmr5_runtime.answer import ReasoningStream, extract_reasoning, parse_answer
+from helpers.reference_parser import listed_ids, reference_order, skips_a_list
+from mmr5_runtime.answer import ReasoningStream, extract_reasoning, order_of, parse_answer
 
 FRAGMENTS = [
     "<think>", "</think>", "<answer>", "</answer>", "<answer>[", "]</answer>", "[", "]", ",",
@@ -17,29 +18,6 @@ listings = st.lists(st.sampled_from(FRAGMENTS[8:]), max_size=12).map(
     lambda pieces: f"<think>a</think><answer>[{''.join(pieces)}]</answer>"
 )
 page_counts = st.integers(1, 12)
-
-
-def reference_order(text: str, num_pages: int) -> list[int] | None:
-    """The reference parser restated without a regular expression; None where it reads nothing.
-
-    It takes the shortest stretch of one line from the leftmost `<answer>[` that is followed by
-    `]</answer>` on its line. Repeated ids stay repeated.
-    """
-    opening, closing = "<answer>[", "]</answer>"
-    for line in text.split("\n"):
-        start = line.find(opening)
-        if start < 0:
-            continue
-        stop = line.find(closing, start + len(opening))
-        if stop < 0:
-            continue
-        try:
-            numbers = [int(p) for p in line[start + len(opening) : stop].split(",") if p.strip()]
-        except ValueError:
-            return None
-        kept = [number - 1 for number in numbers if 0 < number <= num_pages]
-        return kept + [page for page in range(num_pages) if page not in kept]
-    return None
 
 
 @given(texts | listings, page_counts)
@@ -54,10 +32,27 @@ def test_always_a_permutation(text: str, num_pages: int) -> None:
 def test_agrees_with_the_reference_but_for_repeated_ids(text: str, num_pages: int) -> None:
     expected = reference_order(text, num_pages)
     parsed = parse_answer(text, num_pages)
-    if expected is not None:
-        assert parsed.order == tuple(dict.fromkeys(expected))
-    else:
+    if expected is None:
         assert parsed.status != "ok"
+    elif not (skips_a_list(text) and listed_ids(text + ",", num_pages)):
+        assert parsed.order == tuple(dict.fromkeys(expected))
+
+
+@given(texts | listings, page_counts)
+def test_the_first_list_behind_the_reasoning_counts(text: str, num_pages: int) -> None:
+    """Whatever the reference makes of it: otherwise no answer could be known before its end."""
+    ids = listed_ids(text, num_pages)
+    assert parse_answer(text, num_pages).order[: len(ids)] == tuple(i - 1 for i in ids)
+
+
+@given(st.lists(st.integers(-2, 14), max_size=20), page_counts)
+def test_order_of_keeps_the_first_mention_and_fills_up(ids: list[int], num_pages: int) -> None:
+    order = order_of(ids, num_pages)
+    assert sorted(order) == list(range(num_pages))
+    named = [number - 1 for number in ids if 1 <= number <= num_pages]
+    assert [page for page in order if page in named] == list(dict.fromkeys(named))
+    rest = order[len(set(named)) :]
+    assert list(rest) == sorted(rest) and not set(rest) & set(named)
 
 
 @given(st.permutations(range(1, 8)), texts)

@@ -1,0 +1,111 @@
+"""What may come next in a list of distinct page numbers, byte by byte.
+
+    list := space? id space? ("," space? id space?)* "]" anything
+
+``space`` is up to four bytes of blank, newline or tab; ``id`` is a number of 1..N that the list
+does not hold yet, in decimal without leading zeros. Schema languages cannot say "not yet held"
+without a state per subset, so positions are computed where the decoder stands.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+SPACE = b" \n\t"
+DIGITS = b"0123456789"
+MAX_SPACE = 4
+ENDS = b","  # the way of every byte that ends an id, see `ListPosition.way`
+_COMMA, _BRACKET = b",]"
+
+
+@dataclass(frozen=True)
+class ListPosition:
+    """A place inside the list: ``used`` ids, the ``digits`` of the one being written, and how many
+    bytes of white space stand since the last delimiter or digit (at most ``MAX_SPACE``)."""
+
+    num_pages: int
+    used: frozenset[int]
+    digits: bytes
+    spaces: int
+
+    @cached_property
+    def free(self) -> tuple[bytes, ...]:
+        """The digits of every unused id, ascending."""
+        numbers = range(1, self.num_pages + 1)
+        return tuple(b"%d" % number for number in numbers if number not in self.used)
+
+    @cached_property
+    def names_free(self) -> bool:
+        """Whether ``digits`` are an unused id, so that a delimiter may follow."""
+        longest = len(str(self.num_pages))
+        if not 0 < len(self.digits) <= longest or self.digits.startswith(b"0"):
+            return False
+        number = int(self.digits)
+        return number <= self.num_pages and number not in self.used
+
+    @cached_property
+    def goes_on(self) -> bool:
+        """Whether a further digit may follow ``digits``."""
+        return not self.spaces and any(
+            len(number) > len(self.digits) and number.startswith(self.digits)
+            for number in self.free
+        )
+
+    @property
+    def _stuck(self) -> bool:
+        """Digits that lead to no unused id. The grammar never gets here by itself, but a token that
+        also holds the opening bracket may have written anything; then a delimiter leads out."""
+        return bool(self.digits) and not self.names_free and not self.goes_on
+
+    def allows(self, data: bytes) -> bool:
+        """Whether ``data`` may come next; what follows a ``]`` in it is free, nothing is not."""
+        position: ListPosition | None = self
+        for byte in data:
+            assert position is not None
+            if byte == _BRACKET:
+                return position._may_close()
+            position = position.after(byte)
+            if position is None:
+                return False
+        return bool(data)
+
+    def way(self, data: bytes) -> bytes | None:
+        """Which way an allowed ``data`` goes at the first fork it meets; None when it meets none.
+
+        A fork is the beginning of an id (the ways are first digits), or digits that may go on (the
+        ways are the next digits, and ``ENDS`` for white space and delimiters).
+        """
+        position: ListPosition | None = self
+        for byte in data:
+            assert position is not None
+            if byte in DIGITS:
+                return bytes([byte])
+            if position.digits and position.goes_on:
+                return ENDS
+            if byte == _BRACKET:
+                return None
+            position = position.after(byte)
+        return None
+
+    def after(self, byte: int) -> ListPosition | None:
+        """The position behind one more byte other than ``]``; None where it may not stand."""
+        if byte in SPACE:
+            fits = self.spaces < MAX_SPACE and (not self.digits or self.names_free)
+            return replace(self, spaces=self.spaces + 1) if fits else None
+        if byte in DIGITS:
+            if self.digits and self.spaces:
+                return None
+            digits = self.digits + bytes([byte])
+            longer = replace(self, digits=digits, spaces=0)
+            return longer if longer.names_free or longer.goes_on else None
+        if byte == _COMMA and (self.names_free or self._stuck):
+            used = self.used | {int(self.digits)} if self.names_free else self.used
+            left = len(used) < self.num_pages
+            return replace(self, used=used, digits=b"", spaces=0) if left else None
+        return None
+
+    def _may_close(self) -> bool:
+        if self.digits:
+            return self.names_free or (self._stuck and bool(self.used))
+        return len(self.used) == self.num_pages
