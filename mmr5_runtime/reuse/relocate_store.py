@@ -1,0 +1,123 @@
+"""Where relocatable pages are kept between requests: a byte-bounded LRU of its own.
+
+It shares nothing with the stores of exact keys and values, so that what is approximate can never be
+found by a request that asked for exact reuse.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from mmr5_runtime.rope import Grid
+
+
+@dataclass(frozen=True, eq=False)
+class RelocatablePage:
+    """Keys and values of one page's image tokens, free of any place in a prompt.
+
+    ``k`` [L, K, n, D] before rotation and ``v`` [L, K, n, D], both in the compute dtype and never
+    written to; ``grid`` the page's patches. Label and vision markers are not part of it.
+    """
+
+    k: Tensor
+    v: Tensor
+    grid: Grid
+
+    @property
+    def num_tokens(self) -> int:
+        """n, the image tokens of the page."""
+        return self.k.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
+
+
+@dataclass(frozen=True)
+class RelocatableStats:
+    """Counters since the store was made; ``entries`` and ``bytes`` as of now."""
+
+    entries: int
+    bytes: int
+    limit_bytes: int
+    hits: int
+    misses: int
+    evictions: int
+    refused: int
+
+
+class RelocatableStore:
+    """Relocatable pages by key, in host memory; the least recently used goes first. Thread-safe.
+
+    A key must name everything a capture depends on: the engine, the content-free head it was read
+    behind, the page's token ids, its pixels and its grid.
+    """
+
+    def __init__(self, limit_bytes: int, device: torch.device) -> None:
+        """``limit_bytes`` 0 keeps nothing; host memory is pinned when ``device`` is a GPU."""
+        self._limit = limit_bytes
+        self._pinned = device.type == "cuda"
+        self._lock = Lock()
+        self._pages: OrderedDict[bytes, RelocatablePage] = OrderedDict()  # least recent first
+        self._bytes = 0
+        self._hits = self._misses = self._evictions = self._refused = 0
+
+    def get(self, key: bytes) -> RelocatablePage | None:
+        """The page of ``key``, in host memory, or None."""
+        with self._lock:
+            page = self._pages.get(key)
+            if page is None:
+                self._misses += 1
+                return None
+            self._hits += 1
+            self._pages.move_to_end(key)
+            return page
+
+    def put(self, key: bytes, page: RelocatablePage) -> bool:
+        """Keeps a copy of ``page``, evicting others; False when it alone exceeds the limit."""
+        if page.nbytes > self._limit:
+            with self._lock:
+                self._refused += 1
+            return False
+        kept = RelocatablePage(self._copied(page.k), self._copied(page.v), page.grid)
+        with self._lock:
+            self._drop(key)
+            while self._bytes + kept.nbytes > self._limit:
+                self._drop(next(iter(self._pages)))
+                self._evictions += 1
+            self._pages[key] = kept
+            self._bytes += kept.nbytes
+        return True
+
+    def clear(self) -> None:
+        """Forgets every page; the counters go on."""
+        with self._lock:
+            self._pages.clear()
+            self._bytes = 0
+
+    def stats(self) -> RelocatableStats:
+        with self._lock:
+            return RelocatableStats(
+                entries=len(self._pages),
+                bytes=self._bytes,
+                limit_bytes=self._limit,
+                hits=self._hits,
+                misses=self._misses,
+                evictions=self._evictions,
+                refused=self._refused,
+            )
+
+    def _drop(self, key: bytes) -> None:
+        page = self._pages.pop(key, None)
+        if page is not None:
+            self._bytes -= page.nbytes
+
+    def _copied(self, part: Tensor) -> Tensor:
+        """``part`` in contiguous host memory that nobody else writes to."""
+        host = torch.empty(part.shape, dtype=part.dtype, pin_memory=self._pinned)
+        return host.copy_(part)
