@@ -72,6 +72,7 @@ class PageBank:
     def _encode(self, index: int) -> Tensor:
         source, key = self._sources[index], self.keys[index]
         self._counts.page_misses[self._memory.ledger.encoder_miss(key, source.pixels)] += 1
+        self._counts.pages_decoded += not source.decoded
         with self._timings.span("image_decode"):
             image = source.image()
         with self._timings.span("preprocess"), naming(source.page, index):

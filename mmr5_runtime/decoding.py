@@ -21,7 +21,6 @@ the model, and only where they end is its KV loaded and decoding continued.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -34,7 +33,7 @@ from mmr5_runtime.language import Language
 from mmr5_runtime.options import RerankOptions
 from mmr5_runtime.replies import Replay, Step
 from mmr5_runtime.sampler import Sampler
-from mmr5_runtime.stopping.choices import choice_logprob, first_choice
+from mmr5_runtime.stopping.choices import ListScores, choice_logprob, first_choice
 from mmr5_runtime.stopping.machine import AnswerMachine
 from mmr5_runtime.timing import Timings
 from mmr5_runtime.types import ReasoningEnd, StopReason
@@ -57,7 +56,7 @@ class Answer:
     stop_reason: StopReason = "max_tokens"
     reasoning_end: ReasoningEnd = "open"
     known: tuple[int, ...] | None = None
-    logprobs: list[float] = field(default_factory=list)
+    scores: ListScores = field(default_factory=ListScores)
     drafted: int = 0
     accepted: int = 0
     replayed: int = 0
@@ -95,7 +94,6 @@ class Decoding:
         self._drafter, self._replay = drafter, replay
         self._prompt = cursor.mark
         self._text = b""
-        self._chosen: float | None = None  # log-probability of the id being written
         self.answer = Answer(AnswerMachine(num_pages, constrained=options.constrain))
 
     def __iter__(self) -> Iterator[int]:
@@ -162,28 +160,20 @@ class Decoding:
 
     def _pick(self, row: Tensor) -> Step:
         machine, language = self.answer.machine, self._language
-        listing = machine.state == "list" and self._options.constrain
         before = self._sampler.interventions
-        allowed = language.mask.allowed(machine) if listing else None
+        if machine.state != "list":
+            return Step(self._sampler.pick(row))
+        allowed = language.mask.allowed(machine) if self._options.constrain else None
         token = self._sampler.pick(row, allowed)
-        logprob = (
-            choice_logprob(row, token, machine, language.mask, language.vocabulary)
-            if listing
-            else None
-        )
+        logprob = choice_logprob(row, token, machine, language.mask, language.vocabulary)
         return Step(token, logprob, self._sampler.interventions > before)
 
     def _take(self, step: Step) -> None:
-        """Let the machine read a token, and close the log-probability of an id it completes."""
-        machine, data = self.answer.machine, self._language.vocabulary[step.token]
-        known = len(machine.ids)
-        machine.feed(data)
+        """Let the machine read a token, and the scores what it chose."""
+        data = self._language.vocabulary[step.token]
+        self.answer.scores.observe(step.logprob, data, self.answer.machine)
+        self.answer.machine.feed(data)
         self._text += data
-        if step.logprob is not None:
-            self._chosen = (self._chosen or 0.0) + step.logprob
-        for _ in machine.ids[known:]:
-            self.answer.logprobs.append(math.nan if self._chosen is None else self._chosen)
-            self._chosen = None
 
     def _ended(self) -> bool:
         """Whether nothing more is needed, or allowed; says why."""

@@ -39,6 +39,7 @@ class RerankKeywords(TypedDict, total=False):
     layout: Layout
     image_kv: ImageKV
     recompute: float
+    recompute_first: int
     answer: bool
 
 
@@ -66,8 +67,9 @@ class RerankOptions:
         moves, how many pages head every anchored window.
     layout: ``images_first`` puts the question behind the pages, so that their keys and values are
         the same for every question.
-    image_kv: ``relocate`` reuses the keys and values of pages in other prompts than they were
-        computed in, and recomputes the share ``recompute`` of their tokens.
+    image_kv, recompute, recompute_first: ``relocate`` reuses the keys and values of pages in other
+        prompts than they were computed in; of each page the first ``recompute_first`` tokens and
+        the share ``recompute`` of the others that the question attends to most are computed again.
     answer: with ``plan="cascade"``, also answer the question from the best pages.
 
     Raises:
@@ -94,6 +96,7 @@ class RerankOptions:
     layout: Layout = "reference"
     image_kv: ImageKV = "exact"
     recompute: float = 0.15
+    recompute_first: int = 32
     answer: bool = False
 
     def __post_init__(self) -> None:
@@ -137,6 +140,10 @@ class RerankOptions:
             raise RequestError(f"think_margin={self.think_margin} is no probability; pass 0 to 1.")
         if not 0.0 <= self.recompute <= 1.0:
             raise RequestError(f"recompute={self.recompute} is no share; pass 0 to 1.")
+        if self.recompute_first < 0:
+            raise RequestError(
+                f"recompute_first={self.recompute_first} is no number of tokens; pass 0 or more."
+            )
         if self.deadline_ms is not None and not 0 < self.deadline_ms < math.inf:
             raise RequestError(
                 f"deadline_ms={self.deadline_ms} is no time; pass milliseconds above 0, or None."

@@ -23,7 +23,7 @@ from mmr5_runtime.reuse.relocate_store import RelocatablePage
 
 
 def read_relocated_prompt(
-    request: Request, prompt: Prompt, cursor: Cursor, recompute: float
+    request: Request, prompt: Prompt, cursor: Cursor, recompute: Recompute
 ) -> Tensor | None:
     """Read ``prompt`` with relocated pages; logits [V], or None when time was over."""
     captured = _captured(request, prompt)
@@ -44,7 +44,7 @@ def read_relocated_prompt(
             captured,
             prompt.segments.tail,
             question,
-            Recompute(recompute),
+            recompute,
         )
     cursor.position = done.position
     counts = request.counts
@@ -77,7 +77,7 @@ def _captured(request: Request, prompt: Prompt) -> list[RelocatablePage]:
     with request.timings.span("capture"):
         for index, page in zip(missing, capture_pages(model, free[0].head, wanted), strict=True):
             store.put(keys[index], page)
-            found[index] = page
+            found[index] = store.get(keys[index]) or page  # main memory, where it has room
     return [page for page in found if page is not None]
 
 

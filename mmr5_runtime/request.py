@@ -127,14 +127,16 @@ def open_request(
     tokenizer = loaded.prompts(options.layout)
     with timings.span("load_pages"):
         sources = open_sources(memory, pages)
-    counts.pages_decoded = sum(source.decoded for source in sources)
+    counts.pages_decoded = sum(
+        source.decoded for source, page in zip(sources, pages, strict=True) if source is not page
+    )
     bank = open_bank(loaded, memory, sources, budget, counts, timings)
     request = Request(
         loaded, memory, query, options, sources, bank, budget, tokenizer, params,
         "single", None, counts, timings, deadline,
     )  # fmt: skip
     if len(sources) == 1:
-        request.plan_prompt([0])  # never read, but a question that cannot be asked is an error
+        tokenizer.segments(query, [1])  # never read, but a question must be one that can be asked
         return request
     name, plan = _choose_plan(request)
     return replace(request, plan_name=name, plan=plan)

@@ -82,7 +82,7 @@ class CacheUse:
 
     Segments are the text before the pages and each page of a prompt; ``misses`` counts those that
     had to be read by the reason why they were not there, ``page_misses`` the same for pages that
-    had to be encoded. A page is *opened* without decoding when its file was seen before.
+    had to be encoded. ``pages_decoded`` leaves out those known by the bytes of their file.
     """
 
     pages_encoded: int = 0

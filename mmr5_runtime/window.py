@@ -23,6 +23,7 @@ from mmr5_runtime.reading import read_prompt
 from mmr5_runtime.relocation import read_relocated_prompt
 from mmr5_runtime.replies import Replies
 from mmr5_runtime.request import Request
+from mmr5_runtime.reuse.relocate import Recompute
 from mmr5_runtime.sampler import Sampler, SamplingParams
 from mmr5_runtime.types import Exactness, ReasoningDelta, ReasoningEnd, Status, StopReason
 
@@ -79,9 +80,8 @@ class WindowRun:
         common = (request.counts, request.timings, request.deadline)
         memory = request.memory
         if self._options.image_kv == "relocate":
-            self._logits = read_relocated_prompt(
-                request, self._prompt, self._cursor, self._options.recompute
-            )
+            again = Recompute(self._options.recompute, self._options.recompute_first)
+            self._logits = read_relocated_prompt(request, self._prompt, self._cursor, again)
         else:
             self._logits = read_prompt(
                 self._prompt, keys, self._cursor, memory.segments, memory.ledger, *common
@@ -192,9 +192,10 @@ def _order(answer: Answer, text: str, count: int) -> tuple[tuple[int, ...], Stat
 
 
 def _logprobs(answer: Answer) -> tuple[float, ...]:
-    """One per id of the list, if all of them were drawn by the model under the mask."""
-    drawn = answer.known is None and not any(map(math.isnan, answer.logprobs))
-    return tuple(answer.logprobs) if drawn else ()
+    """One per id of the list, if all of them were drawn one by one."""
+    logprobs = answer.scores.logprobs
+    drawn = answer.known is None and not any(map(math.isnan, logprobs))
+    return logprobs if drawn else ()
 
 
 def _exactness(answer: Answer, options: RerankOptions) -> list[Exactness]:
@@ -204,7 +205,7 @@ def _exactness(answer: Answer, options: RerankOptions) -> list[Exactness]:
         levels.append("permutation_identical")
     if answer.stop_reason == "top_k":
         levels.append("topk_identical")
-    if answer.accepted:
+    if options.draft:
         levels.append("token_identical")
     forced = answer.reasoning_end in ("skipped", "budget", "deadline")
     if forced or answer.stop_reason == "deadline" or options.image_kv == "relocate":

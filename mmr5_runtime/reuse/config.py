@@ -29,9 +29,10 @@ class CacheConfig:
     ``embeddings_gib``: main memory for page embeddings (7 KiB per visual token at 7B in bf16, 8 MiB
     for a page of 1,200); None is 4, but at most an eighth of what the machine or container has.
     ``kv_gib``: main memory for the KV of prompt segments (8 times as much per token); None is 16,
-    but at most a quarter. ``gpu_gib``: GPU memory for the page embeddings used last; it plays no
-    part on a CPU, nor without ``embeddings_gib``. ``disk``: a folder for page embeddings that
-    outlives the process and may be shared by several; ``disk_gib`` bounds it.
+    but at most a quarter; requests with ``image_kv="relocate"`` may take as much again.
+    ``gpu_gib``: GPU memory for the page embeddings used last; it plays no part on a CPU, nor
+    without ``embeddings_gib``. ``disk``: a folder for page embeddings that outlives the process and
+    may be shared by several; ``disk_gib`` bounds it.
 
     Raises:
         RequestError: a size is negative or no number, or ``disk`` is no path or has no room.

@@ -59,7 +59,9 @@ def test_answers_are_those_of_the_exported_engine(
     made = respond(samples, generator(checkpoint, quant=quant))
     with Reranker.load(tmp_path / "engine", "cpu", max_pixels=BUDGET.max_pixels) as reranker:
         for sample, response in zip(samples, made, strict=True):
-            result = reranker.rerank(sample.query, sample.pages, max_new_tokens=20)
+            result = reranker.rerank(
+                sample.query, sample.pages, max_new_tokens=20, stop="eos", constrain=False
+            )
             assert (response.text, response.order, response.status, response.stop_reason) == (
                 result.text,
                 result.order,
