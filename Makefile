@@ -23,7 +23,7 @@ OWN_ENV := $(if $(filter $(BIN)/python,$(PY)),$(DEV))
 # package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: check test demo test-gpu bench
+.PHONY: check test demo test-gpu bench bench-reuse
 .DEFAULT_GOAL := test
 
 check: $(DEV)
@@ -46,6 +46,10 @@ bench: $(DEV)
 	$(BIN)/mmr5-bench quantization --reference build/mini/bf16 -o $(RESULTS) \
 	  $(filter-out build/mini/bf16,$(patsubst %,build/mini/%,$(MINI_ENGINES)))
 	$(BIN)/mmr5-bench readme $(RESULTS)
+
+bench-reuse: $(DEV)
+	test -d $(MINI_ENGINE) || $(BIN)/mmr5-export --model mini --quant int4 --output $(MINI_ENGINE)
+	$(BIN)/mmr5-bench reuse --engine $(MINI_ENGINE) -o benchmarks/results/mini-reuse.json
 
 $(BIN)/python:
 	@for python in $(PYTHON) python3 python3.11 python3.12 python3.13; do \

@@ -1,4 +1,4 @@
-"""``mmr5-bench``: accuracy and quantization runs, and the README tables made from them."""
+"""``mmr5-bench``: accuracy, quantization and reuse runs, and the README tables made from them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from mmr5_bench.readme import load_document, table_of, write_table
 from mmr5_runtime.types import Mmr5Error
+
+ReusePart = Literal["latency", "document", "exact", "approximate"]
+REUSE_PARTS: tuple[ReusePart, ...] = get_args(ReusePart)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,6 +56,27 @@ def _parser() -> argparse.ArgumentParser:
         help="JSON to write; the .jsonl beside it keeps finished cases for the next run",
     )
     quantization.set_defaults(run=_quantization)
+
+    reuse = commands.add_parser("reuse", help="what early stopping and reuse save and cost")
+    reuse.add_argument("--engine", type=Path, required=True, help="engine folder of mini")
+    reuse.add_argument(
+        "--part",
+        action="append",
+        choices=REUSE_PARTS,
+        help="only this, or several of them",
+    )
+    reuse.add_argument("--lists", type=int, help="timed lists per size")
+    reuse.add_argument("--quick", action="store_true", help="a minute of everything, no numbers")
+    reuse.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="for untimed parts")
+    reuse.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        help="JSON to write; parts that are not run stay in it, and the .jsonl beside it keeps "
+        "finished lists for the next run",
+    )
+    reuse.set_defaults(run=_reuse)
 
     readme = commands.add_parser("readme", help="write a table into the README")
     readme.add_argument("results", type=Path, help="JSON written by `mmr5-bench`")
@@ -101,6 +125,23 @@ def _quantization(options: argparse.Namespace) -> int:
         dtype=options.dtype,
     )
     return _write(document, options.output)
+
+
+def _reuse(options: argparse.Namespace) -> int:
+    from mmr5_bench.reuse_parts import run_parts
+
+    document = run_parts(
+        options.engine,
+        options.output,
+        options.part or REUSE_PARTS,
+        lists=options.lists,
+        quick=options.quick,
+        jobs=options.jobs,
+    )
+    print(table_of(document)[1], file=sys.stderr)
+    summary = {name: {**part, "records": None} for name, part in document["parts"].items()}
+    print(json.dumps({**document, "parts": summary}))
+    return 0 if all(expected["holds"] for expected in document["expectations"]) else 1
 
 
 def _say_progress(done: int, total: int) -> None:

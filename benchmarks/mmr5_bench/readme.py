@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mmr5_bench.reuse_tables import reuse_table
+
 COLUMNS = ("recall@1", "recall@3", "recall@5", "well_formed", "top1_agreement")
 TITLES = ("Recall@1", "Recall@3", "Recall@5", "Well-formed", "Top-1 = bf16")
 
@@ -50,7 +52,7 @@ def load_document(path: Path) -> dict[str, Any]:
         kind = document["kind"]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{path} is no result file; write it with mmr5-bench accuracy or quantization"
+            f"{path} is no result file; write it with mmr5-bench accuracy, quantization, reuse"
         ) from error
     if kind not in TABLES:
         raise ValueError(
@@ -78,4 +80,5 @@ def _cell(metric: dict[str, float]) -> str:
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "minidocs-accuracy": ("mini-accuracy", accuracy_table),
     "minidocs-quantization": ("mini-quantization", _quantization_table),
+    "mini-reuse": ("mini-reuse", reuse_table),
 }
