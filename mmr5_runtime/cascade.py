@@ -84,9 +84,11 @@ def judge(request: Request) -> list[float]:
             ids = torch.tensor([*segments.pages[0], *segments.tail])
             prompt_page = request.bank.page(page)
             places, _ = mrope_positions(ids, [prompt_page.grid], model.spec, cursor.position)
+            request.counts.tokens_read += len(ids) + (0 if cursors else len(segments.head))
             embeds.append(embed_prompt(model, ids, [prompt_page.embeddings()]))
             positions.append(places)
             cursors.append(cursor)
+        request.counts.page_prefills += len(group)
         with request.timings.span("judge"):
             arenas = [cursor.arena for cursor in cursors]
             logits = read_together(model, embeds, positions, arenas)

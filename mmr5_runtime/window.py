@@ -17,6 +17,7 @@ from mmr5_runtime.answer import ReasoningStream, extract_reasoning, order_of, pa
 from mmr5_runtime.cursor import Cursor
 from mmr5_runtime.decoding import Answer, Decoding
 from mmr5_runtime.drafting import Drafter
+from mmr5_runtime.language import Language
 from mmr5_runtime.model import MAX_DECODE_TOKENS
 from mmr5_runtime.options import RerankOptions
 from mmr5_runtime.reading import read_prompt
@@ -129,11 +130,7 @@ class WindowRun:
         request.memory.history.add(answer.tokens)
         with request.timings.span("parse"):
             outcome = _outcome(answer, text, self._count, self._options)
-        saved = answer.stop_reason in ("determined", "top_k", "tag")
-        named = answer.machine.ids
-        missing = tuple(i + 1 for i in outcome.order if i + 1 not in named)
-        rest = language.list_rest(named, missing) if saved else 0
-        outcome.tokens_saved = 1 if answer.stop_reason == "tag" else rest
+        outcome.tokens_saved = _saved(answer, outcome.order, language)
         outcome.interventions = sampler.interventions
         outcome.decode_steps = self._cursor.steps - steps
         return outcome
@@ -149,6 +146,18 @@ class WindowRun:
         if delta := reasoning.feed(text[-1]) + reasoning.finish():
             yield ReasoningDelta(delta)
         return "".join(text)
+
+
+def _saved(answer: Answer, order: Sequence[int], language: Language) -> int:
+    """Tokens that would have followed, if the model had gone on in canonical form."""
+    if answer.stop_reason == "tag":
+        return 1  # the end token
+    if answer.stop_reason not in ("determined", "top_k"):
+        return 0
+    named, closed = answer.machine.ids, answer.machine.state == "closed"
+    missing = () if closed else tuple(page + 1 for page in order if page + 1 not in named)
+    # The bracket that closed the list has been written.
+    return language.list_rest(named, missing) - closed
 
 
 def _replayable(options: RerankOptions, params: SamplingParams) -> str | None:
