@@ -12,14 +12,15 @@ read together, their linears over all rows at once.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import replace
 
 import torch
 
 from mmr5_runtime.cursor import Cursor
+from mmr5_runtime.deadline import Deadline
 from mmr5_runtime.decoding import Decoding
 from mmr5_runtime.lists.plans import DEFAULT_WINDOW, single
 from mmr5_runtime.model import embed_prompt, read_together
+from mmr5_runtime.options import RerankOptions
 from mmr5_runtime.planning import most_pages
 from mmr5_runtime.prompt import PromptTokenizer, Segments
 from mmr5_runtime.ranking import Record, run_plan
@@ -42,7 +43,7 @@ def cascade(request: Request, record: Record) -> Generator[ReasoningDelta, None,
 
     Pages that are dropped follow those that are ranked, by their relevance.
     """
-    relevance = judge(request)
+    relevance = judge(request, record)
     record.relevance = tuple(relevance)
     record.rounds += 1
     by_relevance = sorted(range(len(relevance)), key=lambda page: (-relevance[page], page))
@@ -50,7 +51,8 @@ def cascade(request: Request, record: Record) -> Generator[ReasoningDelta, None,
     order = yield from run_plan(request, single(len(kept), request.options.top_k), record, kept)
     order = (*order, *(page for page in by_relevance if page not in set(kept)))
     if request.options.answer:
-        record.answer = answer(request, order[: request.options.top_k or PAGES_ANSWERED_FROM])
+        best = order[: request.options.top_k or PAGES_ANSWERED_FROM]
+        record.answer = answer(request, best, record)
     return order
 
 
@@ -69,7 +71,7 @@ def _kept(request: Request, relevance: Sequence[float]) -> int:
 
 
 @torch.inference_mode()
-def judge(request: Request) -> list[float]:
+def judge(request: Request, record: Record) -> list[float]:
     """Probability of "yes" against "no" for every candidate, from its own prompt's first token."""
     tokenizer = request.loaded.profile(POINTWISE)
     yes, no = tokenizer.verdict_ids
@@ -84,6 +86,8 @@ def judge(request: Request) -> list[float]:
             ids = torch.tensor([*segments.pages[0], *segments.tail])
             prompt_page = request.bank.page(page)
             places, _ = mrope_positions(ids, [prompt_page.grid], model.spec, cursor.position)
+            record.prompt_tokens += len(segments.ids)
+            record.image_tokens += request.bank.planned[page].tokens
             request.counts.tokens_read += len(ids) + (0 if cursors else len(segments.head))
             embeds.append(embed_prompt(model, ids, [prompt_page.embeddings()]))
             positions.append(places)
@@ -112,8 +116,11 @@ def _groups(request: Request, tokenizer: PromptTokenizer) -> Iterator[list[tuple
     yield group
 
 
-def answer(request: Request, pages: Sequence[int]) -> str:
-    """What the model answers to the question itself when it is shown ``pages``."""
+def answer(request: Request, pages: Sequence[int], record: Record) -> str:
+    """What the model answers to the question itself when it is shown ``pages``.
+
+    What there is of it when the deadline passes; ``record`` then says that it was late.
+    """
     tokenizer, memory = request.loaded.profile(ANSWERING), request.memory
     plan = request.plan_prompt(pages, tokenizer)
     prompt = request.prompt(plan, pages, tokenizer)
@@ -129,22 +136,29 @@ def answer(request: Request, pages: Sequence[int]) -> str:
         request.timings,
         request.deadline,
     )
+    record.prompt_tokens += len(plan.token_ids)
+    record.image_tokens += sum(request.bank.planned[index].tokens for index in pages)
     if logits is None:
+        record.late = True
         return ""
-    free = replace(
-        request.options, stop="eos", top_k=None, think="full", constrain=False, draft=False
-    )
     decoding = Decoding(
         request.loaded.language,
         cursor,
         logits,
         Sampler(request.params, plan.token_ids, spec.text.vocab_size, device),
         len(pages),
-        free,
+        RerankOptions(stop="eos", constrain=False),
         plan.max_new_tokens,
         request.timings,
-        request.deadline,
+        Deadline(None),  # nothing is forced into this text: it is cut below
     )
-    text = tokenizer.decode(list(decoding))
+    tokens = []
+    for token in decoding:
+        tokens.append(token)
+        if request.deadline.passed():
+            record.late = True
+            break
+    record.other_tokens += len(tokens)
+    text = tokenizer.decode(tokens)
     # The last one, as the reasoning may quote the tag; everything if the model used none.
     return text.rpartition(_RESPONSE_OPEN)[2].partition(_RESPONSE_CLOSE)[0].strip()

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 
 from torch import Tensor
 
@@ -94,11 +95,12 @@ class Decoding:
         self._drafter, self._replay = drafter, replay
         self._prompt = cursor.mark
         self._text = b""
+        self._forced = 0  # tokens that were nobody's choice, on top of what may be generated
+        self._late = False
         self.answer = Answer(AnswerMachine(num_pages, constrained=options.constrain))
 
     def __iter__(self) -> Iterator[int]:
         answer, machine = self.answer, self.answer.machine
-        self._deadline.start_steps()
         yield from self._run()
         if answer.reasoning_end == "open" and machine.state not in ("before", "think"):
             answer.reasoning_end = "closed"
@@ -117,9 +119,9 @@ class Decoding:
             closing: list[int] = []
             for index, row in enumerate(rows):
                 token = self._choose(row)
+                self.answer.accepted += proposed[index : index + 1] == [token]
                 if token in self._language.end_ids:
                     return
-                self.answer.accepted += index > 0
                 yield token
                 if self._ended():
                     return
@@ -136,7 +138,6 @@ class Decoding:
             else:
                 proposed = self._draft()
                 rows = self._next_rows(proposed)
-            self._deadline.tick()
 
     def _choose(self, row: Tensor) -> int:
         """Pick, record and read the next token; an end token ends the answer."""
@@ -152,7 +153,7 @@ class Decoding:
 
     def _is_over(self, row: Tensor) -> bool:
         """Whether the answer ends right behind text that closed the reasoning."""
-        if self.answer.reasoning_end == "deadline":
+        if self._late:
             self.answer.known = self._rank_by_first_choice(row)
             self.answer.stop_reason = "deadline"
             return True
@@ -179,18 +180,19 @@ class Decoding:
         """Whether nothing more is needed, or allowed; says why."""
         answer, options = self.answer, self._options
         machine = answer.machine
-        determined = options.stop == "determined" and not machine.quoted and bool(machine.ids)
+        determined = options.stop == "determined" and bool(machine.ids)
         if determined and options.top_k is not None and len(machine.ids) >= options.top_k:
             answer.stop_reason = "determined" if machine.determined else "top_k"
         elif determined and machine.determined:
             answer.stop_reason = "determined"
-        elif options.stop == "tag" and machine.closed_by_tag and not machine.quoted:
+        elif options.stop == "tag" and machine.closed_by_tag and machine.ids:
             answer.stop_reason = "tag"
-        elif len(answer.steps) >= self._limit:
+        elif len(answer.steps) - self._forced >= self._limit:
             answer.stop_reason = "max_tokens"
             machine.finish()
         elif self._deadline.passed(steps_needed=1) and not self._can_close():
             answer.stop_reason = "deadline"
+            machine.finish()
         else:
             return False
         return True
@@ -208,19 +210,25 @@ class Decoding:
     def _draft(self) -> list[int]:
         if self._drafter is None:
             return []
-        room = self._limit - len(self.answer.steps) - 1
+        room = self._limit - (len(self.answer.steps) - self._forced) - 1
         return self._drafter.propose(self.answer.tokens, self.answer.machine, self._text)[:room]
 
     def _next_rows(self, proposed: Sequence[int]) -> list[Tensor]:
         self.answer.drafted += len(proposed)
+        return list(self._step([self.answer.steps[-1].token, *proposed]))
+
+    def _step(self, tokens: Sequence[int]) -> Tensor:
+        began = perf_counter()
         with self._timings.span("decode"):
-            return list(self._cursor.step([self.answer.steps[-1].token, *proposed]))
+            rows = self._cursor.step(tokens)
+        self._deadline.observe(perf_counter() - began)
+        return rows
 
     def _force(self, tokens: Sequence[int]) -> Tensor:
         """Read ``tokens`` behind the last one, chosen by nobody; logits [V] after them."""
         last = [step.token for step in self.answer.steps[-1:]]
-        with self._timings.span("decode"):
-            row = self._cursor.step([*last, *tokens])[-1]
+        row = self._step([*last, *tokens])[-1]
+        self._forced += len(tokens)
         for token in tokens:
             self._sampler.observe(token)
             self.answer.steps.append(Step(token))
@@ -288,7 +296,8 @@ class Decoding:
         machine = answer.machine
         reasoning = machine.state in ("before", "think")
         if self._deadline.passed(steps_needed=2):
-            answer.reasoning_end = "deadline"
+            self._late = True
+            answer.reasoning_end = "deadline" if reasoning else "closed"
         elif budget is not None and reasoning and len(answer.steps) >= budget:
             answer.reasoning_end = "budget"
         else:

@@ -16,6 +16,10 @@ ImageKV = Literal["exact", "relocate"]
 
 DEFAULT_MAX_NEW_TOKENS = 2048
 
+_WHOLE = ("top_k", "max_new_tokens", "samples", "window", "stride", "anchors", "recompute_first")
+_REAL = ("temperature", "think_margin", "deadline_ms", "recompute")
+_SWITCHES = ("constrain", "draft", "answer")
+
 
 class RerankKeywords(TypedDict, total=False):
     """The fields of :class:`RerankOptions` but ``top_k``; a test holds the two together."""
@@ -49,7 +53,8 @@ class RerankOptions:
 
     top_k: candidates wanted. Decoding stops once they are known (``stop="determined"``); the rest
         of ``order`` is the input order.
-    max_new_tokens: most tokens per prompt.
+    max_new_tokens: most tokens the model writes per prompt; text that closes a reasoning for it
+        comes on top.
     temperature, seed: 0 is greedy; 0.3 is how the reference samples.
     min_pixels, max_pixels: the pixel budget of this request.
     stop: ``determined`` ends when nothing that may follow can change the order, ``tag`` at
@@ -100,6 +105,7 @@ class RerankOptions:
     answer: bool = False
 
     def __post_init__(self) -> None:
+        self._check_types()
         if self.top_k is not None and self.top_k < 1:
             raise RequestError(
                 f"top_k={self.top_k} asks for nothing; pass 1 or more, or None for all."
@@ -116,6 +122,19 @@ class RerankOptions:
     def think_budget(self) -> int | None:
         """Most tokens of reasoning, if there is a limit."""
         return None if isinstance(self.think, str) else self.think
+
+    def _check_types(self) -> None:
+        for names, kinds, known in (
+            (_WHOLE, (int,), "a whole number"),
+            (_REAL, (int, float), "a number"),
+            (_SWITCHES, (bool,), "True or False"),
+        ):
+            for field in names:
+                value = getattr(self, field)
+                if value is None and getattr(type(self), field) is None:
+                    continue
+                if not isinstance(value, kinds) or (isinstance(value, bool) != (bool in kinds)):
+                    raise RequestError(f"{field}={value!r} is not {known}; pass one.")
 
     def _check_choices(self) -> None:
         plans = ("auto", *get_args(PlanName))

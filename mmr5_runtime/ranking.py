@@ -29,6 +29,8 @@ class Record:
     rounds: int = 0
     prompt_tokens: int = 0
     image_tokens: int = 0
+    other_tokens: int = 0  # generated outside windows
+    late: bool = False  # something outside windows was cut short by the deadline
     stability: Stability | None = None
     relevance: tuple[float, ...] | None = None
     answer: str | None = None

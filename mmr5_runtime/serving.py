@@ -42,8 +42,10 @@ def _one_page(request: Request) -> RerankResult:
 def _result(request: Request, record: Record, order: tuple[int, ...]) -> RerankResult:
     outcomes, counts = record.outcomes, request.counts
     last = outcomes[-1]
-    late = any(outcome.stop_reason == "deadline" for outcome in outcomes)
+    late = record.late or any(outcome.stop_reason == "deadline" for outcome in outcomes)
     levels = [level for outcome in outcomes for level in outcome.exactness]
+    if record.late:
+        levels.append("approximate")
     single = request.plan_name == "single"
     return RerankResult(
         order=order,
@@ -54,7 +56,8 @@ def _result(request: Request, record: Record, order: tuple[int, ...]) -> RerankR
         usage=Usage(
             prompt_tokens=record.prompt_tokens,
             image_tokens=record.image_tokens,
-            completion_tokens=sum(outcome.completion_tokens for outcome in outcomes),
+            completion_tokens=sum(outcome.completion_tokens for outcome in outcomes)
+            + record.other_tokens,
             pages=len(request.bank),
             decode_steps=sum(outcome.decode_steps for outcome in outcomes),
             draft_tokens=sum(outcome.draft_tokens for outcome in outcomes),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmr5_runtime.answer import ReasoningStream, extract_reasoning, order_of, parse_answer
 from mmr5_runtime.cursor import Cursor
-from mmr5_runtime.decoding import Answer, Decoding
+from mmr5_runtime.decoding import EMPTY_REASONING, Answer, Decoding
 from mmr5_runtime.drafting import Drafter
 from mmr5_runtime.language import Language
 from mmr5_runtime.model import MAX_DECODE_TOKENS
@@ -65,8 +65,9 @@ class WindowRun:
         self._options = replace(request.options, top_k=top)
         self._plan = request.plan_prompt(pages)
         self._prompt = request.prompt(self._plan, pages)
-        # Drafts and probes reach a little beyond the last token that can be kept.
-        room = self._plan.max_new_tokens + MAX_DECODE_TOKENS
+        # Forced text, drafts and probes reach a little beyond what may be generated.
+        forced = len(request.loaded.language.encode(EMPTY_REASONING))
+        room = self._plan.max_new_tokens + forced + MAX_DECODE_TOKENS
         self._cursor = Cursor(request.loaded.engine, len(self.token_ids) + room)
         self._logits: Tensor | None = None
         self._replies: Replies | None = None
@@ -169,7 +170,7 @@ def _replayable(options: RerankOptions, params: SamplingParams) -> str | None:
 
 
 def _outcome(answer: Answer, text: str, count: int, options: RerankOptions) -> Outcome:
-    order, status = _order(answer, text, count)
+    order, status = _order(answer, text, count, options.top_k)
     return Outcome(
         order=order,
         status=status,
@@ -185,7 +186,9 @@ def _outcome(answer: Answer, text: str, count: int, options: RerankOptions) -> O
     )
 
 
-def _order(answer: Answer, text: str, count: int) -> tuple[tuple[int, ...], Status]:
+def _order(
+    answer: Answer, text: str, count: int, top_k: int | None = None
+) -> tuple[tuple[int, ...], Status]:
     """The machine's list where it read one, else what can be read from the whole text."""
     machine, stop = answer.machine, answer.stop_reason
     if answer.known is not None:
@@ -193,7 +196,8 @@ def _order(answer: Answer, text: str, count: int) -> tuple[tuple[int, ...], Stat
     if not machine.ids:
         parsed = parse_answer(text, count)
         return parsed.order, parsed.status
-    complete = len(machine.ids) >= count - 1 if stop == "determined" else stop == "top_k"
+    wanted = min(top_k or count - 1, count - 1)
+    complete = stop in ("determined", "top_k") and len(machine.ids) >= wanted
     if not complete:
         complete = parse_answer(text, count).status == "ok"
     status: Status = "ok" if complete and not machine.repaired else "repaired"

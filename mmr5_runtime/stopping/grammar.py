@@ -71,14 +71,17 @@ class ListPosition:
         return bool(data)
 
     def way(self, data: bytes) -> bytes | None:
-        """Which way an allowed ``data`` goes at the first fork it meets; None when it meets none.
+        """Which way ``data`` goes at the first fork it meets; None when it meets none.
+
+        What is not allowed before it comes to a fork has no way.
 
         A fork is the beginning of an id (the ways are first digits), or digits that may go on (the
         ways are the next digits, and ``ENDS`` for white space and delimiters).
         """
         position: ListPosition | None = self
         for byte in data:
-            assert position is not None
+            if position is None:
+                return None
             if byte in DIGITS:
                 return bytes([byte])
             if position.digits and position.goes_on:
