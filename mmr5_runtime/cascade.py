@@ -78,6 +78,9 @@ def judge(request: Request, record: Record) -> list[float]:
     model = request.loaded.engine.model
     chances: list[float] = []
     for group in _groups(request, tokenizer):
+        if request.deadline.passed():
+            chances += [RELEVANT] * len(group)  # nothing speaks against them
+            continue
         cursors: list[Cursor] = []
         embeds, positions = [], []
         for page, segments in group:
