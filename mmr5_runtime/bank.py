@@ -77,6 +77,7 @@ class PageBank:
             image = source.image()
         with self._timings.span("preprocess"), naming(source.page, index):
             patched = preprocess(image, self._budget, **self._loaded.image_settings)
+        source.let_go()
         with self._timings.span("vision"):
             embeddings = self._loaded.engine.encode_page(patched.pixel_values, patched.grid)
         self._memory.encoder.put(key, embeddings, patched.grid)

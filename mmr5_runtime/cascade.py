@@ -44,7 +44,7 @@ def cascade(request: Request, record: Record) -> Generator[ReasoningDelta, None,
     Pages that are dropped follow those that are ranked, by their relevance.
     """
     relevance = judge(request, record)
-    record.relevance = tuple(relevance)
+    record.relevance = None if record.late else tuple(relevance)
     record.rounds += 1
     by_relevance = sorted(range(len(relevance)), key=lambda page: (-relevance[page], page))
     kept = sorted(by_relevance[: _kept(request, relevance)])
@@ -79,6 +79,7 @@ def judge(request: Request, record: Record) -> list[float]:
     chances: list[float] = []
     for group in _groups(request, tokenizer):
         if request.deadline.passed():
+            record.late = True
             chances += [RELEVANT] * len(group)  # nothing speaks against them
             continue
         cursors: list[Cursor] = []
@@ -122,9 +123,15 @@ def _groups(request: Request, tokenizer: PromptTokenizer) -> Iterator[list[tuple
 def answer(request: Request, pages: Sequence[int], record: Record) -> str:
     """What the model answers to the question itself when it is shown ``pages``.
 
-    What there is of it when the deadline passes; ``record`` then says that it was late.
+    Only the first of them where the context does not hold all; empty where it holds none. What
+    there is of it when the deadline passes; ``record`` then says that it was late.
     """
     tokenizer, memory = request.loaded.profile(ANSWERING), request.memory
+    planned = [request.bank.planned[page] for page in pages]
+    context, reply = request.loaded.context, request.options.max_new_tokens
+    pages = pages[: most_pages(tokenizer, context, request.query, planned, reply)]
+    if not pages:
+        return ""
     plan = request.plan_prompt(pages, tokenizer)
     prompt = request.prompt(plan, pages, tokenizer)
     spec, device = request.loaded.engine.spec, request.loaded.engine.device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -47,7 +48,7 @@ class Document:
         """
         if not self._open:
             raise RequestError("this document is closed; open it again.")
-        chosen = tuple(range(len(self)) if candidates is None else candidates)
+        chosen = _page_numbers(range(len(self)) if candidates is None else candidates)
         if not chosen:
             raise RequestError("candidates is empty; pass page numbers, or None for all pages.")
         strangers = [page for page in chosen if not 0 <= page < len(self)]
@@ -78,3 +79,12 @@ class Document:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _page_numbers(candidates: Sequence[int]) -> tuple[int, ...]:
+    try:
+        return tuple(map(operator.index, candidates))
+    except TypeError:
+        raise RequestError(
+            f"candidates={candidates!r} is no list of page numbers; pass whole numbers from 0."
+        ) from None

@@ -63,15 +63,19 @@ class Replies:
 
     def remember(self, steps: Sequence[Step], cursor: Cursor, prompt: Mark, cost_ms: float) -> None:
         """Keep those of ``steps`` that are new; the cursor stands behind at least all but one."""
-        key, parent, known, loaded = self._first, self._parent, 0, 0
+        key, parent, loaded = self._first, self._parent, 0
+        before: list[Step] = []
         for node in self._chain():
             key, parent = text_key(node.key, "reply", ()), node.key
-            known += len(node.note)  # type: ignore[arg-type]
+            before += node.note  # type: ignore[arg-type]
             loaded += node.k.shape[2]
+        known = len(before)
         read = cursor.mark.length - prompt.length
         end = min(read, len(steps) - 1)
         if known >= len(steps) or end <= loaded:
             return
+        if [step.token for step in before] != [step.token for step in steps[:known]]:
+            return  # two runs with drafts parted at a tie; nothing may be made of both
         k, v = cursor.arena.view(prompt.length + loaded, prompt.length + end)
         self._store.insert(key, parent, k, v, cost_ms, note=tuple(steps[known:]))
 

@@ -152,7 +152,7 @@ class Reranker:
     def open_document(self, pages: Sequence[Page]) -> Document:
         """Open and encode ``pages`` now and keep them in memory until the document is closed.
 
-        Raises RequestError when they do not fit the cache together; nothing is kept then.
+        Raises RequestError when they do not fit the cache together; nothing is pinned then.
         """
         loaded = self._require_loaded()
         sources = open_sources(self._memory, pages)

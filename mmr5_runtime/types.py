@@ -148,7 +148,8 @@ class RerankResult:
     ``order`` holds 0-based candidate indices, best first, and is always a permutation of
     ``range(pages)``. ``status`` says how it was obtained: ``ok`` (every id the model named was new
     and valid, and it named all that matter), ``repaired`` (duplicates, unknown or missing ids were
-    mended) or ``fallback`` (no answer could be read, ``order`` is the input order).
+    mended) or ``fallback`` (no answer could be read, ``order`` is the input order); of several
+    prompts the worst.
 
     ``exactness`` is the weakest guarantee of anything that took effect, against decoding the same
     request to its end without any reuse: ``bit_identical`` (same bits), ``permutation_identical``

@@ -29,8 +29,8 @@ class PageSource:
     """One page of a request, identified and perhaps not decoded yet; for one thread at a time.
 
     ``size`` is (width, height) of the upright page; ``pixels`` is :func:`pixel_digest` of it;
-    ``page`` and ``index`` (0-based) are what messages name. The stored bytes are kept until the
-    page is decoded, so a file that changes meanwhile does not matter.
+    ``page`` and ``index`` (0-based) are what messages name. The stored bytes are kept, so a file
+    that changes meanwhile does not matter.
     """
 
     def __init__(
@@ -41,12 +41,14 @@ class PageSource:
         pixels: bytes,
         content: Image.Image | EncodedPage,
         max_image_pixels: int,
+        encoded: EncodedPage | None = None,
     ) -> None:
         self.page = page
         self.index = index
         self.size = size
         self.pixels = pixels
         self._content = content
+        self._encoded = encoded
         self._max_image_pixels = max_image_pixels
 
     @property
@@ -59,6 +61,10 @@ class PageSource:
         source = copy.copy(self)
         source.index = index
         return source
+
+    def let_go(self) -> None:
+        """Keep only the stored bytes, where there are any, of a page that has been decoded."""
+        self._content = self._encoded or self._content
 
     def image(self) -> Image.Image:
         """The upright RGB image, decoded now if it was not; not to be changed.
@@ -73,7 +79,7 @@ class PageSource:
                 # be stored under the key of those.
                 if pixel_digest(image) != self.pixels:
                     raise PageError("it looks different each time it is decoded; pass it as PNG")
-            self._content = image
+            self._encoded, self._content = self._content, image
         return self._content
 
 
@@ -116,12 +122,19 @@ class PageReader:
             image = content.decode(self._max_image_pixels)
             pixels = pixel_digest(image)
             self._remember(key, (pixels, image.size))
-            return self._source(page, index, image, pixels, image.size)
+            shared = self._share(data_hash, content)
+            return self._source(page, index, image, pixels, image.size, shared)
 
     def _source(
-        self, page: Page, index: int, content: Image.Image | EncodedPage, pixels: bytes, size: Size
+        self,
+        page: Page,
+        index: int,
+        content: Image.Image | EncodedPage,
+        pixels: bytes,
+        size: Size,
+        encoded: EncodedPage | None = None,
     ) -> PageSource:
-        return PageSource(page, index, size, pixels, content, self._max_image_pixels)
+        return PageSource(page, index, size, pixels, content, self._max_image_pixels, encoded)
 
     def _recall(self, key: _RawKey) -> tuple[bytes, Size] | None:
         with self._lock:
