@@ -9,6 +9,7 @@ PY ?= $(VENV)/bin/python
 MINI_ENGINE ?= build/mini-int4
 SAMPLES := mmr5_runtime/assets/samples
 RESULTS := benchmarks/results/mini-quantization.json
+REUSE_RESULTS := benchmarks/results/mini-reuse.json
 MINI_ENGINES := $(shell benchmarks/mini-engines.sh --names)
 
 BIN := $(VENV)/bin
@@ -49,7 +50,8 @@ bench: $(DEV)
 
 bench-reuse: $(DEV)
 	test -d $(MINI_ENGINE) || $(BIN)/mmr5-export --model mini --quant int4 --output $(MINI_ENGINE)
-	$(BIN)/mmr5-bench reuse --engine $(MINI_ENGINE) -o benchmarks/results/mini-reuse.json
+	$(BIN)/mmr5-bench reuse --engine $(MINI_ENGINE) -o $(REUSE_RESULTS)
+	$(BIN)/mmr5-bench readme $(REUSE_RESULTS) --readme docs/reuse.md
 
 $(BIN)/python:
 	@for python in $(PYTHON) python3 python3.11 python3.12 python3.13; do \

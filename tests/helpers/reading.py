@@ -75,10 +75,12 @@ class Read:
         )
 
 
-def load(folder: Path, dtype: str = "float32", max_pixels: int = MAX_PIXELS) -> LoadedEngine:
-    """The engine in ``folder`` on the CPU."""
+def load(
+    folder: Path, dtype: str = "float32", max_pixels: int = MAX_PIXELS, device: str = "cpu"
+) -> LoadedEngine:
+    """The engine in ``folder``, by default on the CPU."""
     return load_engine(
-        folder, device="cpu", dtype=dtype, min_pixels=None, max_pixels=max_pixels,
+        folder, device=device, dtype=dtype, min_pixels=None, max_pixels=max_pixels,
         check_hashes=False,
     )  # fmt: skip
 
