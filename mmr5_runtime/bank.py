@@ -20,8 +20,8 @@ from mmr5_runtime.timing import Timings
 class PageBank:
     """Gives out every page's embeddings, each encoded at most once in the life of the request.
 
-    Embeddings stay here until the request ends, so that a plan with many prompts encodes no page
-    twice, however small the cache is.
+    Embeddings stay here, in main memory, until the request ends, so that a plan with many prompts
+    encodes no page twice, however small the cache is.
     """
 
     def __init__(
@@ -58,28 +58,38 @@ class PageBank:
 
     def embeddings(self, index: int) -> Tensor:
         """[tokens, hidden] in the compute dtype, on the model's device."""
-        key, planned = self.keys[index], self.planned[index]
+        key = self.keys[index]
         if (held := self._held.get(key)) is not None:
-            return held
+            return held.to(self._loaded.engine.device)
+        found = self._find(index)
+        self._held[key] = found.cpu()
+        return found
+
+    def encode(self, index: int) -> None:
+        """Put candidate ``index`` into the cache, and hold it no longer than that."""
+        self._find(index)
+
+    def _find(self, index: int) -> Tensor:
+        key, planned = self.keys[index], self.planned[index]
         found = self._memory.encoder.get(key, planned.grid, planned.tokens)
         if found is not None:
             self._counts.pages_remembered += 1
         else:
             found = self._encode(index)
-        self._held[key] = found
+        self._sources[index].let_go()
         return found
 
     def _encode(self, index: int) -> Tensor:
         source, key = self._sources[index], self.keys[index]
-        self._counts.page_misses[self._memory.ledger.encoder_miss(key, source.pixels)] += 1
         self._counts.pages_decoded += not source.decoded
         with self._timings.span("image_decode"):
             image = source.image()
         with self._timings.span("preprocess"), naming(source.page, index):
             patched = preprocess(image, self._budget, **self._loaded.image_settings)
-        source.let_go()
         with self._timings.span("vision"):
             embeddings = self._loaded.engine.encode_page(patched.pixel_values, patched.grid)
+        # Only now: the ledger takes what missed as computed from here on.
+        self._counts.page_misses[self._memory.ledger.encoder_miss(key, source.pixels)] += 1
         self._memory.encoder.put(key, embeddings, patched.grid)
         self._counts.pages_encoded += 1
         return embeddings

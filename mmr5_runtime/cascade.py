@@ -5,8 +5,8 @@ pass ranks the rest, and on request the same model answers from the pages ranked
 are the profiles ``pointwise`` and ``mmrag``; a checkpoint that was not trained on them can be asked
 all the same, which says nothing about how good its judgement is.
 
-The pointwise prompts share their head, which is read once; pages and tails of several prompts are
-read together, their linears over all rows at once.
+The pointwise prompts share their head, which is read once per group of them; pages and tails of a
+group are read together, their linears over all rows at once.
 """
 
 from __future__ import annotations
@@ -44,12 +44,16 @@ def cascade(request: Request, record: Record) -> Generator[ReasoningDelta, None,
     Pages that are dropped follow those that are ranked, by their relevance.
     """
     relevance = judge(request, record)
-    record.relevance = None if record.late else tuple(relevance)
+    record.relevance = tuple(relevance)
     record.rounds += 1
-    by_relevance = sorted(range(len(relevance)), key=lambda page: (-relevance[page], page))
-    kept = sorted(by_relevance[: _kept(request, relevance)])
+    # Pages that were not judged in time stand between the relevant and the others.
+    chances = [RELEVANT if chance is None else chance for chance in relevance]
+    by_relevance = sorted(range(len(chances)), key=lambda page: (-chances[page], page))
+    kept = sorted(by_relevance[: _kept(request, chances)])
     order = yield from run_plan(request, single(len(kept), request.options.top_k), record, kept)
-    order = (*order, *(page for page in by_relevance if page not in set(kept)))
+    if not record.outcomes[-1].completion_tokens:  # time was over: relevance is what is known
+        order = tuple(page for page in by_relevance if page in kept)
+    order = (*order, *(page for page in by_relevance if page not in kept))
     if request.options.answer:
         best = order[: request.options.top_k or PAGES_ANSWERED_FROM]
         record.answer = answer(request, best, record)
@@ -71,20 +75,22 @@ def _kept(request: Request, relevance: Sequence[float]) -> int:
 
 
 @torch.inference_mode()
-def judge(request: Request, record: Record) -> list[float]:
-    """Probability of "yes" against "no" for every candidate, from its own prompt's first token."""
+def judge(request: Request, record: Record) -> list[float | None]:
+    """Probability of "yes" against "no" for every candidate, from its own prompt's first token.
+
+    None for those that time was not left for.
+    """
     tokenizer = request.loaded.profile(POINTWISE)
     yes, no = tokenizer.verdict_ids
     model = request.loaded.engine.model
-    chances: list[float] = []
+    chances: list[float | None] = [None] * len(request.bank)
     for group in _groups(request, tokenizer):
-        if request.deadline.passed():
-            record.late = True
-            chances += [RELEVANT] * len(group)  # nothing speaks against them
-            continue
         cursors: list[Cursor] = []
         embeds, positions = [], []
         for page, segments in group:
+            if request.deadline.passed():
+                record.late = True
+                break
             cursor = Cursor(request.loaded.engine, len(segments.ids))
             cursor.read_head(segments.head, cursors[0] if cursors else None)
             ids = torch.tensor([*segments.pages[0], *segments.tail])
@@ -96,12 +102,14 @@ def judge(request: Request, record: Record) -> list[float]:
             embeds.append(embed_prompt(model, ids, [prompt_page.embeddings()]))
             positions.append(places)
             cursors.append(cursor)
-        request.counts.page_prefills += len(group)
-        with request.timings.span("judge"):
-            arenas = [cursor.arena for cursor in cursors]
-            logits = read_together(model, embeds, positions, arenas)
-            verdicts = logits[:, [yes, no]].double().softmax(-1)
-        chances += verdicts[:, 0].tolist()
+        if cursors:
+            request.counts.page_prefills += len(cursors)
+            with request.timings.span("judge"):
+                arenas = [cursor.arena for cursor in cursors]
+                logits = read_together(model, embeds, positions, arenas)
+                verdicts = logits[:, [yes, no]].double().softmax(-1)[:, 0].tolist()
+            for (page, _), chance in zip(group, verdicts, strict=False):
+                chances[page] = chance
     return chances
 
 

@@ -27,6 +27,11 @@ def check(
         raise RequestError("there are no queries to compare; pass at least one.")
     cases = []
     for number, query in enumerate(queries, start=1):
+        if not isinstance(query, tuple) or len(query) not in (2, 3):
+            raise RequestError(
+                f"query {number} is no (question, pages) or (question, pages, relevant); pass "
+                "tuples of two or three."
+            )
         question, pages, *rest = query
         relevant = tuple(sorted(set(rest[0]))) if rest else None
         if relevant is not None and not all(0 <= page < len(pages) for page in relevant):

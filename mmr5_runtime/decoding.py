@@ -190,12 +190,19 @@ class Decoding:
         elif len(answer.steps) - self._forced >= self._limit:
             answer.stop_reason = "max_tokens"
             machine.finish()
+        elif machine.quoted and machine.state in ("before", "think") and self._over_budget():
+            # A list forced behind one that was quoted would not be read.
+            answer.stop_reason, answer.reasoning_end = "max_tokens", "budget"
         elif self._deadline.passed(steps_needed=1) and not self._can_close():
             answer.stop_reason = "deadline"
             machine.finish()
         else:
             return False
         return True
+
+    def _over_budget(self) -> bool:
+        budget = self._options.think_budget
+        return budget is not None and len(self.answer.steps) >= budget
 
     def _can_close(self) -> bool:
         """Whether forced text can still open a list: none has been opened, and none was quoted."""
@@ -290,15 +297,14 @@ class Decoding:
 
     def _close_reasoning(self) -> list[int]:
         """Tokens that close the reasoning and open the list, where its budget or time is over."""
-        answer, budget = self.answer, self._options.think_budget
+        answer, machine = self.answer, self.answer.machine
         if not self._can_close():
             return []
-        machine = answer.machine
         reasoning = machine.state in ("before", "think")
         if self._deadline.passed(steps_needed=2):
             self._late = True
             answer.reasoning_end = "deadline" if reasoning else "closed"
-        elif budget is not None and reasoning and len(answer.steps) >= budget:
+        elif reasoning and self._over_budget():
             answer.reasoning_end = "budget"
         else:
             return []

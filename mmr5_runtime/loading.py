@@ -33,7 +33,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 class LoadedEngine:
     """One engine folder in memory; immutable and shared by all requests.
 
-    ``identity`` (32 bytes) names everything that may change a bit of what the engine computes.
+    ``identity`` (32 bytes) names everything that may change a bit of what the engine computes;
+    ``rounds_activations`` says whether it has linears that quantize their inputs, where a last bit
+    can become a whole step.
     """
 
     engine: Engine
@@ -43,6 +45,7 @@ class LoadedEngine:
     generation_config: Mapping[str, Any]
     context: int  # tokens of prompt and reply together
     identity: bytes
+    rounds_activations: bool = False
 
     @cached_property
     def language(self) -> Language:
@@ -115,6 +118,7 @@ def load_engine(
         generation_config=generation_config,
         context=manifest.spec.text.max_position_embeddings,
         identity=engine_identity(manifest, compute, where),
+        rounds_activations=any(format.activations for format in manifest.formats.values()),
     )
 
 

@@ -51,8 +51,8 @@ class RerankKeywords(TypedDict, total=False):
 class RerankOptions:
     """How one request is served.
 
-    top_k: candidates wanted. Decoding stops once they are known (``stop="determined"``); the rest
-        of ``order`` is the input order.
+    top_k: candidates wanted. With ``stop="determined"`` decoding stops once they are known, and the
+        rest of ``order`` is the input order; otherwise it only limits ``result.top``.
     max_new_tokens: most tokens the model writes per prompt; text that closes a reasoning for it
         comes on top.
     temperature, seed: 0 is greedy; 0.3 is how the reference samples.

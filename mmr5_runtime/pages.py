@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import functools
+import hashlib
 import io
 import operator
 import os
@@ -76,43 +78,66 @@ def check_limit(max_image_pixels: int) -> None:
 
 
 @dataclass(frozen=True, eq=False)
+class StoredFile:
+    """A whole file in memory, hashed at most once."""
+
+    data: bytes
+
+    @functools.cached_property
+    def sha256(self) -> bytes:
+        """Its hash, 32 bytes."""
+        return hashlib.sha256(self.data).digest()
+
+
+# PDF files by resolved path, inode, size in bytes and time of the last change in ns.
+PdfFiles: TypeAlias = dict[tuple[str, int, int, int], StoredFile]
+
+
+@dataclass(frozen=True, eq=False)
 class EncodedPage:
     """A page as it was stored: an image file or, with ``pdf``, one page of a PDF file.
 
-    ``pdf`` is (page number from 1, resolution in dots per inch). ``from_text`` says that ``data``
+    ``pdf`` is (page number from 1, resolution in dots per inch). ``from_text`` says that the file
     came as plain base64, which may have been meant as a path.
     """
 
-    data: bytes
+    file: StoredFile
     pdf: tuple[int, float] | None = None
     from_text: bool = False
 
     def decode(self, max_image_pixels: int) -> Image.Image:
         """The page as an upright RGB image; PageError as :func:`open_page`, without its name."""
+        data = self.file.data
         if self.pdf is not None:
             number, dpi = self.pdf
-            return render_pdf_page(self.data, number, dpi=dpi, max_image_pixels=max_image_pixels)
+            return render_pdf_page(data, number, dpi=dpi, max_image_pixels=max_image_pixels)
         try:
-            return decode(io.BytesIO(self.data), max_image_pixels)
+            return decode(io.BytesIO(data), max_image_pixels)
         except PageError as error:
             if not self.from_text:
                 raise
             raise PageError(
-                f"no file of that name exists, and read as base64 it holds {len(self.data)} "
+                f"no file of that name exists, and read as base64 it holds {len(data)} "
                 f"bytes: {error}"
             ) from error
 
 
 def read_page(
-    page: Page, max_image_pixels: int, *, pdf_dpi: float = DEFAULT_PDF_DPI
+    page: Page,
+    max_image_pixels: int,
+    *,
+    pdf_dpi: float = DEFAULT_PDF_DPI,
+    pdf_files: PdfFiles | None = None,
 ) -> EncodedPage | Image.Image:
     """The stored bytes of ``page``, or its pixels (upright RGB) where it came as pixels.
 
     A file is read once, as a whole, after its header was checked. The image shares memory with a
-    ``page`` that needed no change. Raises PageError as :func:`open_page`, without the page's name.
+    ``page`` that needed no change. With ``pdf_files`` a PDF file that is among them is not read
+    again, and one that is not enters them. Raises PageError as :func:`open_page`, without the
+    page's name.
     """
     if isinstance(page, tuple):
-        return _read_pdf_page(page, pdf_dpi)
+        return _read_pdf_page(page, pdf_dpi, {} if pdf_files is None else pdf_files)
     if isinstance(page, Image.Image):
         return finish(page, max_image_pixels)
     if isinstance(page, np.ndarray):
@@ -187,7 +212,7 @@ def _read_text(text: str, max_image_pixels: int) -> EncodedPage:
         ) from error
     if not data:
         raise PageError(f"the text is empty; {_ACCEPTED}")
-    return EncodedPage(data, from_text=True)
+    return EncodedPage(StoredFile(data), from_text=True)
 
 
 def _read_data_uri(text: str) -> EncodedPage:
@@ -221,16 +246,16 @@ def _read_path(path: Path, max_image_pixels: int) -> EncodedPage:
             raise PageError("a PDF needs a page number; pass (path, page_number) from 1")
         # Before all of it is read, as a path may be that of anything.
         check_header(stream, max_image_pixels)
-        return EncodedPage(_read_all(stream))
+        return EncodedPage(StoredFile(_read_all(stream)))
 
 
 def _read_bytes(data: bytes) -> EncodedPage:
     if not data:
         raise PageError("there are 0 bytes; pass the whole file")
-    return EncodedPage(data)
+    return EncodedPage(StoredFile(data))
 
 
-def _read_pdf_page(page: tuple[PathName, int], pdf_dpi: float) -> EncodedPage:
+def _read_pdf_page(page: tuple[PathName, int], pdf_dpi: float, files: PdfFiles) -> EncodedPage:
     if len(page) != 2 or not isinstance(page[0], str | os.PathLike):
         raise PageError(f"a tuple has to be (PDF path, page number); {_ACCEPTED}")
     with _open_file(Path(page[0])) as stream:
@@ -243,7 +268,12 @@ def _read_pdf_page(page: tuple[PathName, int], pdf_dpi: float) -> EncodedPage:
             raise PageError(
                 f"page number {page[1]!r} is no whole number; pages count from 1"
             ) from None
-        return EncodedPage(_read_all(stream), pdf=(number, pdf_dpi))
+        # Of the opened file, whatever has taken its name since.
+        status = os.fstat(stream.fileno())
+        key = (os.path.realpath(page[0]), status.st_ino, status.st_size, status.st_mtime_ns)
+        if key not in files:
+            files[key] = StoredFile(_read_all(stream))
+        return EncodedPage(files[key], pdf=(number, pdf_dpi))
 
 
 def _open_file(path: Path) -> IO[bytes]:

@@ -6,7 +6,7 @@ goes back into the plan. Most requests are one window.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -32,7 +32,7 @@ class Record:
     other_tokens: int = 0  # generated outside windows
     late: bool = False  # something outside windows was cut short by the deadline
     stability: Stability | None = None
-    relevance: tuple[float, ...] | None = None
+    relevance: tuple[float | None, ...] | None = None
     answer: str | None = None
 
 
@@ -76,7 +76,9 @@ def run_window(
         elif request.options.samples is None:
             outcome = yield from run.answer()
         else:
-            outcome = yield from _sample(run, request.options.samples, record)
+            outcome = yield from _sample(
+                run, request.options.samples, record, request.deadline.passed
+            )
     record.outcomes.append(outcome)
     record.windows.append(
         WindowResult(
@@ -91,9 +93,16 @@ def run_window(
     return outcome.order
 
 
-def _sample(run: WindowRun, count: int, record: Record) -> Generator[ReasoningDelta, None, Outcome]:
+def _sample(
+    run: WindowRun, count: int, record: Record, late: Callable[[], bool]
+) -> Generator[ReasoningDelta, None, Outcome]:
     """Several answers to one prompt; the one nearest to their mean order speaks for them."""
-    drawn = [_last(run.answer(seed_offset)) for seed_offset in range(count)]
+    drawn = [_last(run.answer(0))]
+    for seed_offset in range(1, count):
+        if late():
+            record.late = True
+            break
+        drawn.append(_last(run.answer(seed_offset)))
     pages = range(len(drawn[0].order))
     mean_place = [fmean(outcome.order.index(page) + 1 for outcome in drawn) for page in pages]
     order = tuple(sorted(pages, key=lambda page: (mean_place[page], page)))

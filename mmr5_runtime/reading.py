@@ -132,27 +132,33 @@ def read_prompt(
         (prompt.segments.head, None),
         *zip(prompt.segments.pages, prompt.pages, strict=True),
     ]
-    with timings.span("kv_load"):
-        for node, (ids, page) in zip(nodes, segments, strict=False):
-            cursor.load(node.k, node.v, ids, _grids(page))
-            counts.tokens_remembered += len(ids)
-    counts.segments_remembered += len(nodes)
-    counts.page_prefills += len(prompt.pages)
-    counts.page_prefills_remembered += max(0, len(nodes) - 1)
-    for index in range(len(nodes), len(segments)):
-        if deadline.passed():
-            return None
-        ids, page = segments[index]
-        embeddings = [] if page is None else [page.embeddings()]
-        start, length = perf_counter(), cursor.arena.length
-        with timings.span("prefill"):
-            cursor.read(ids, embeddings, _grids(page))
-        cost_ms = 1e3 * (perf_counter() - start)
-        with timings.span("kv_save"):
-            k, v = cursor.arena.view(length, cursor.arena.length)
-            store.insert(chain[index], chain[index - 1] if index else None, k, v, cost_ms)
-        counts.segments_read += 1
-        counts.tokens_read += len(ids)
+    known = len(nodes)
+    try:
+        with timings.span("kv_load"):
+            for node, (ids, page) in zip(nodes, segments, strict=False):
+                cursor.load(node.k, node.v, ids, _grids(page))
+                counts.tokens_remembered += len(ids)
+        counts.segments_remembered += len(nodes)
+        counts.page_prefills += len(prompt.pages)
+        counts.page_prefills_remembered += max(0, len(nodes) - 1)
+        for index in range(len(nodes), len(segments)):
+            if deadline.passed():
+                return None
+            ids, page = segments[index]
+            embeddings = [] if page is None else [page.embeddings()]
+            start, length = perf_counter(), cursor.arena.length
+            with timings.span("prefill"):
+                cursor.read(ids, embeddings, _grids(page))
+            cost_ms = 1e3 * (perf_counter() - start)
+            known += 1
+            with timings.span("kv_save"):
+                k, v = cursor.arena.view(length, cursor.arena.length)
+                store.insert(chain[index], chain[index - 1] if index else None, k, v, cost_ms)
+            counts.segments_read += 1
+            counts.tokens_read += len(ids)
+    finally:
+        # However it ended: a segment that was not read must not be called evicted next time.
+        ledger.remember(keys, known)
     if deadline.passed():
         return None
     with timings.span("prefill"):

@@ -1,7 +1,6 @@
 """A prompt whose pages were read elsewhere: the approximate way through ``reuse.relocate``.
 
-The head is read, or remembered, as in any prompt; nothing that is relocated is ever put among the
-exact segments.
+The head is read as in any prompt; nothing that is relocated is ever put among the exact segments.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ def read_relocated_prompt(
 ) -> Tensor | None:
     """Read ``prompt`` with relocated pages; logits [V], or None when time was over."""
     captured = _captured(request, prompt)
-    if request.deadline.passed():
-        return None
-    segments = [
-        PageSegment(ids, page.embeddings(), page.grid)
-        for ids, page in zip(prompt.segments.pages, prompt.pages, strict=True)
-    ]
+    segments = []
+    for ids, page in zip(prompt.segments.pages, prompt.pages, strict=True):
+        if captured is None or request.deadline.passed():
+            return None
+        segments.append(PageSegment(ids, page.embeddings(), page.grid))
+    assert captured is not None
     question = request.loaded.language.encode(request.query)
     with request.timings.span("prefill"):
         cursor.read(prompt.segments.head)
@@ -54,8 +53,11 @@ def read_relocated_prompt(
     return done.logits
 
 
-def _captured(request: Request, prompt: Prompt) -> list[RelocatablePage]:
-    """Every page as it looks behind the content-free question, from memory or captured now."""
+def _captured(request: Request, prompt: Prompt) -> list[RelocatablePage] | None:
+    """Every page as it looks behind the content-free question, from memory or captured now.
+
+    None when time was over before the last one.
+    """
     store, model = request.memory.relocatable, request.loaded.engine.model
     free = [
         request.tokenizer.segments(CONTENT_FREE_QUESTION, [_image_tokens(request, ids)])
@@ -68,16 +70,24 @@ def _captured(request: Request, prompt: Prompt) -> list[RelocatablePage]:
     ]
     found = [store.get(key) for key in keys]
     missing = [index for index, page in enumerate(found) if page is None]
-    wanted = [
-        PageSegment(
-            free[index].pages[0], prompt.pages[index].embeddings(), prompt.pages[index].grid
-        )
-        for index in missing
-    ]
-    with request.timings.span("capture"):
-        for index, page in zip(missing, capture_pages(model, free[0].head, wanted), strict=True):
-            store.put(keys[index], page)
-            found[index] = store.get(keys[index]) or page  # main memory, where it has room
+    wanted = []
+    for index in missing:
+        if request.deadline.passed():
+            return None
+        ids, page = free[index].pages[0], prompt.pages[index]
+        wanted.append(PageSegment(ids, page.embeddings(), page.grid))
+        request.counts.tokens_read += len(ids)
+    if missing:
+        request.counts.tokens_read += len(free[0].head)
+    taken = capture_pages(model, free[0].head, wanted)
+    for index in missing:
+        if request.deadline.passed():
+            return None
+        with request.timings.span("capture"):
+            fresh = next(taken)
+        store.put(keys[index], fresh)
+        # On a GPU from main memory again, where it has room.
+        found[index] = fresh if fresh.k.device.type == "cpu" else store.get(keys[index]) or fresh
     return [page for page in found if page is not None]
 
 

@@ -81,7 +81,7 @@ class Replies:
 
     def _chain(self) -> list[Node]:
         found, key = [], self._first
-        while (node := self._store.get(key)) is not None:
+        while (node := self._store.peek(key)) is not None:
             found.append(node)
             key = text_key(node.key, "reply", ())
         return found

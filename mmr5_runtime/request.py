@@ -81,10 +81,10 @@ def open_sources(memory: Memory, pages: Sequence[Page] | Sequence[PageSource]) -
         )
     if not pages:
         raise RequestError("no pages were given; pass at least one page to rank.")
-    return [
-        page if isinstance(page, PageSource) else memory.reader.open(page, index)
-        for index, page in enumerate(pages)
-    ]
+    opened = [page for page in pages if isinstance(page, PageSource)]
+    if len(opened) == len(pages):
+        return opened
+    return memory.reader.open_all([page for page in pages if not isinstance(page, PageSource)])
 
 
 def open_bank(

@@ -162,7 +162,7 @@ class Reranker:
             for index in range(len(bank)):
                 with self._lock:
                     self._require_loaded()
-                    bank.embeddings(index)
+                    bank.encode(index)
         except BaseException:
             document.close()
             raise
@@ -205,7 +205,7 @@ class Reranker:
     def close(self) -> None:
         """Free the model and what was kept; further calls raise EngineError.
 
-        Waits for a running request.
+        Waits for a running request. A stream that is still open keeps the model until it is closed.
         """
         with self._lock:
             self._loaded = None

@@ -84,7 +84,8 @@ class Sampler:
         ``allowed`` [n] int64 limits the choice. The free choice is made first and kept where it is
         allowed, so that a sequence which never leaves the allowed tokens is the one that would have
         come without them; otherwise ``interventions`` counts one and the choice is made among the
-        allowed alone. Both together are the distribution limited to the allowed tokens.
+        allowed alone. Both together are the distribution limited to the allowed tokens, but for
+        top-k and top-p, which each choice applies anew.
         """
         params = self._params
         if params.repetition_penalty != 1.0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
-from mmr5_runtime.cascade import cascade
+from mmr5_runtime.cascade import answer, cascade
 from mmr5_runtime.ranking import BETWEEN_WINDOWS, STATUSES, Record, run_plan
 from mmr5_runtime.request import Request
 from mmr5_runtime.types import PlanUse, RerankResult, StreamEvent, Usage, weakest
@@ -12,10 +12,12 @@ from mmr5_runtime.types import PlanUse, RerankResult, StreamEvent, Usage, weakes
 
 def serve(request: Request) -> Generator[StreamEvent, None, None]:
     """Yield the reasoning as it is decoded, then the result."""
-    if len(request.bank) == 1:
-        yield _one_page(request)
-        return
     record = Record()
+    if len(request.bank) == 1:
+        if request.options.answer:
+            record.answer = answer(request, [0], record)
+        yield _one_page(request, record)
+        return
     if request.plan is None:
         order = yield from cascade(request, record)
     else:
@@ -23,19 +25,21 @@ def serve(request: Request) -> Generator[StreamEvent, None, None]:
     yield _result(request, record, order)
 
 
-def _one_page(request: Request) -> RerankResult:
+def _one_page(request: Request, record: Record) -> RerankResult:
     """A list of one page has one order; MM-R5 was never trained to answer it."""
     return RerankResult(
         order=(0,),
         status="ok",
-        stop_reason="single_page",
+        stop_reason="deadline" if record.late else "single_page",
         text="",
         reasoning="",
-        usage=Usage(0, 0, 0, 1),
+        usage=Usage(record.prompt_tokens, record.image_tokens, record.other_tokens, 1),
         top_k=request.options.top_k,
         timings_ms=request.timings.total(),
+        exactness="approximate" if record.late else "bit_identical",
         reasoning_end="skipped",
         cache=request.counts.total(),
+        answer=record.answer,
     )
 
 

@@ -82,7 +82,8 @@ class CacheUse:
 
     Segments are the text before the pages and each page of a prompt; ``misses`` counts those that
     had to be read by the reason why they were not there, ``page_misses`` the same for pages that
-    had to be encoded. ``pages_decoded`` leaves out those known by the bytes of their file.
+    had to be encoded. ``pages_decoded`` leaves out those known by the bytes of their file, and
+    counts images and arrays, whose pixels are compared as they are.
     """
 
     pages_encoded: int = 0
@@ -115,7 +116,8 @@ class PlanUse:
     """How a list was cut into prompts.
 
     ``page_prefills`` counts the page segments of all prompts, ``page_prefills_remembered`` those
-    whose keys and values were there already.
+    whose keys and values were there already. ``relevance`` has the cascade's first judgement of
+    every candidate, None where time ran out before it.
     """
 
     name: PlanName = "single"
@@ -123,7 +125,7 @@ class PlanUse:
     page_prefills: int = 0
     page_prefills_remembered: int = 0
     windows: tuple[WindowResult, ...] = ()
-    relevance: tuple[float, ...] | None = None
+    relevance: tuple[float | None, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -148,8 +150,8 @@ class RerankResult:
     ``order`` holds 0-based candidate indices, best first, and is always a permutation of
     ``range(pages)``. ``status`` says how it was obtained: ``ok`` (every id the model named was new
     and valid, and it named all that matter), ``repaired`` (duplicates, unknown or missing ids were
-    mended) or ``fallback`` (no answer could be read, ``order`` is the input order); of several
-    prompts the worst.
+    mended, or kept from being written) or ``fallback`` (no answer could be read, ``order`` is the
+    input order); of several prompts the worst.
 
     ``exactness`` is the weakest guarantee of anything that took effect, against decoding the same
     request to its end without any reuse: ``bit_identical`` (same bits), ``permutation_identical``

@@ -128,9 +128,12 @@ class WindowRun:
             cost_ms = 1e3 * (perf_counter() - began)
             self._replies.remember(answer.steps, self._cursor, self._start, cost_ms)
         request.counts.replayed_tokens += answer.replayed
-        request.memory.history.add(answer.tokens)
+        if answer.replayed < len(answer.steps):
+            request.memory.history.add(answer.tokens)
         with request.timings.span("parse"):
             outcome = _outcome(answer, text, self._count, self._options)
+            if self._options.draft and request.loaded.rounds_activations:
+                outcome.exactness.append("approximate")
         outcome.tokens_saved = _saved(answer, outcome.order, language)
         outcome.interventions = sampler.interventions
         outcome.decode_steps = self._cursor.steps - steps
@@ -200,7 +203,8 @@ def _order(
     complete = stop in ("determined", "top_k") and len(machine.ids) >= wanted
     if not complete:
         complete = parse_answer(text, count).status == "ok"
-    status: Status = "ok" if complete and not machine.repaired else "repaired"
+    mended = machine.repaired or any(step.intervened for step in answer.steps)
+    status: Status = "ok" if complete and not mended else "repaired"
     return order_of(machine.ids, count), status
 
 

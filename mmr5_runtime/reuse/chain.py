@@ -70,11 +70,7 @@ class RecentKeys:
 
     def add(self, key: bytes) -> None:
         """Remember ``key``, from now on as the most recent one."""
-        self.discard(key)
+        self._keys.pop(key, None)
         self._keys[key] = None
         if len(self._keys) > self._limit:
             del self._keys[next(iter(self._keys))]
-
-    def discard(self, key: bytes) -> None:
-        """Forget ``key`` if it is there."""
-        self._keys.pop(key, None)

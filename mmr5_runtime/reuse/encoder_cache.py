@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmr5_runtime.reuse.chain import RecentKeys
 from mmr5_runtime.reuse.config import CacheConfig
 from mmr5_runtime.reuse.disk import PageFolder
 from mmr5_runtime.reuse.identity import digest
@@ -110,7 +109,6 @@ class EncoderCache:
         self._disk_limit = config.disk_bytes if self._disk is not None else 0
         self._lock = threading.Lock()
         self._pins = Counter[bytes]()
-        self._evicted = RecentKeys()
         self._misses = self._rejected = 0
 
     def get(self, key: bytes, grid: Grid, tokens: int) -> Tensor | None:
@@ -139,9 +137,7 @@ class EncoderCache:
         """
         self._keep(key, embeddings, grid)
         if self._disk is not None:
-            gone = self._disk.save(key, embeddings, grid)
-            with self._lock:
-                self._note_evictions(gone)
+            self._disk.save(key, embeddings, grid)
 
     def pin(self, keys: Iterable[bytes]) -> None:
         """Never evict these pages from main memory, until as many calls of :meth:`unpin`.
@@ -173,12 +169,6 @@ class EncoderCache:
         with self._lock:
             self._gpu.clear()
             self._host.clear()
-            self._evicted = RecentKeys()
-
-    def evicted(self, key: bytes) -> bool:
-        """Was the page there and had to make room? Recent evictions are remembered."""
-        with self._lock:
-            return key in self._evicted
 
     def stats(self) -> EncoderCacheStats:
         """The folder is listed for this, which other processes may have written to."""
@@ -227,29 +217,17 @@ class EncoderCache:
                 copy = torch.empty(
                     embeddings.shape, dtype=embeddings.dtype, pin_memory=self._locked_memory
                 ).copy_(embeddings)
-                self._evict_for(self._host, key, _Entry(copy, grid), size)
+                self._host.put(key, _Entry(copy, grid), size, self._pins)
             elif key in self._pins:
                 raise RequestError(self._too_little(key, size))
             on_device = embeddings.to(self._device)
             self._keep_on_gpu(key, on_device, grid)
-            if key in self._host or key in self._gpu:
-                self._evicted.discard(key)
             return on_device
 
     def _keep_on_gpu(self, key: bytes, embeddings: Tensor, grid: Grid) -> None:
         if self._gpu.fits(key, embeddings.nbytes):
             # A copy: a part of a larger tensor would keep all of that alive.
-            entry = _Entry(embeddings.clone(), grid)
-            self._evict_for(self._gpu, key, entry, embeddings.nbytes)
-
-    def _evict_for(self, tier: Tier[_Entry], key: bytes, entry: _Entry, size: int) -> None:
-        kept = self._pins if tier is self._host else ()
-        self._note_evictions(tier.put(key, entry, size, kept) or ())
-
-    def _note_evictions(self, gone: Iterable[bytes]) -> None:
-        for key in gone:
-            if key not in self._host and key not in self._gpu:
-                self._evicted.add(key)
+            self._gpu.put(key, _Entry(embeddings.clone(), grid), embeddings.nbytes)
 
     def _too_little(self, key: bytes, size: int) -> str:
         pinned = sum(other in self._pins for other in self._host if other != key)

@@ -74,9 +74,9 @@ class MissLedger:
     def segment_misses(self, prompt: PromptKeys, reused: int) -> tuple[Reason, ...]:
         """Reasons for the segments of a prompt behind the first ``reused`` (0: the head missed).
 
-        Call it once per prompt, hits or not: it is also how prompts are remembered. Pages behind a
-        missed head have the head's reason. A page is only ever compared with what was read behind
-        the same head, for nothing else could have been reused.
+        Call it before the prompt is read, and :meth:`remember` afterwards. Pages behind a missed
+        head have the head's reason. A page is only ever compared with what was read behind the same
+        head, for nothing else could have been reused.
         """
         with self._lock:
             if reused == 0:
@@ -87,8 +87,22 @@ class MissLedger:
                     for index in range(reused - 1, len(prompt.segments))
                 ]
             self._segment_totals.update(reasons)
-            self._remember(prompt)
         return tuple(reasons)
+
+    def remember(self, prompt: PromptKeys, upto: int) -> None:
+        """From now on the first ``upto`` segments of a prompt, its head included, are known.
+
+        They were read or found; what time or an error left unread is as new as before, and so is a
+        question of which not even the head was read.
+        """
+        if upto == 0:
+            return
+        with self._lock:
+            self._questions.add(prompt.root + prompt.question)
+            for segment in (prompt.head, *prompt.segments)[:upto]:
+                self._segments.add(segment)
+            for page in (*prompt.pages[: upto - 1], *prompt.pixels[: upto - 1]):
+                self._shown.add(prompt.head + page)
 
     def encoder_miss(self, page: bytes, pixels: bytes) -> Reason:
         """Reason why the embeddings of key ``page`` were not there; ``pixels`` is their page's."""
@@ -128,10 +142,3 @@ class MissLedger:
         if prompt.head + prompt.pages[index] in self._shown:
             return "order"
         return "parameters" if prompt.head + prompt.pixels[index] in self._shown else "page"
-
-    def _remember(self, prompt: PromptKeys) -> None:
-        self._questions.add(prompt.root + prompt.question)
-        for segment in (prompt.head, *prompt.segments):
-            self._segments.add(segment)
-        for page in (*prompt.pages, *prompt.pixels):
-            self._shown.add(prompt.head + page)

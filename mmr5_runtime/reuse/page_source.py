@@ -12,12 +12,21 @@ import hashlib
 import struct
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import replace
 from weakref import WeakValueDictionary
 
 from PIL import Image
 
-from mmr5_runtime.pages import EncodedPage, Page, check_limit, naming, read_page
+from mmr5_runtime.pages import (
+    EncodedPage,
+    Page,
+    PdfFiles,
+    StoredFile,
+    check_limit,
+    naming,
+    read_page,
+)
 from mmr5_runtime.types import PageError
 
 Size = tuple[int, int]
@@ -96,8 +105,8 @@ class PageReader:
         self._remembered = remembered
         self._lock = threading.Lock()
         self._known: OrderedDict[_RawKey, tuple[bytes, Size]] = OrderedDict()
-        # Pages that are still waiting, by the hash of their bytes: the pages of one PDF share them.
-        self._waiting: WeakValueDictionary[bytes, EncodedPage] = WeakValueDictionary()
+        # Files of pages that still wait, by their hash: the pages of one PDF share its bytes.
+        self._waiting: WeakValueDictionary[bytes, StoredFile] = WeakValueDictionary()
 
     def open(self, page: Page, index: int) -> PageSource:
         """Identify ``page``, which is decoded only if its bytes were never seen.
@@ -110,20 +119,29 @@ class PageReader:
         Raises:
             PageError: the page cannot be read; the message names it and the remedy.
         """
+        return self._open(page, index, {})
+
+    def open_all(self, pages: Iterable[Page]) -> list[PageSource]:
+        """:meth:`open` all pages of a request, in order, and read and hash each PDF file only once.
+
+        A PDF file that changes between two of its pages is read again. Raises like :meth:`open`.
+        """
+        pdf_files: PdfFiles = {}
+        return [self._open(page, index, pdf_files) for index, page in enumerate(pages)]
+
+    def _open(self, page: Page, index: int, pdf_files: PdfFiles) -> PageSource:
         with naming(page, index):
-            content = read_page(page, self._max_image_pixels)
+            content = read_page(page, self._max_image_pixels, pdf_files=pdf_files)
             if isinstance(content, Image.Image):
                 content = content.copy()
                 return self._source(page, index, content, pixel_digest(content), content.size)
-            data_hash = hashlib.sha256(content.data).digest()
-            key = (data_hash, content.pdf)
+            key = (content.file.sha256, content.pdf)
             if (known := self._recall(key)) is not None:
-                return self._source(page, index, self._share(data_hash, content), *known)
+                return self._source(page, index, self._share(content), *known)
             image = content.decode(self._max_image_pixels)
             pixels = pixel_digest(image)
             self._remember(key, (pixels, image.size))
-            shared = self._share(data_hash, content)
-            return self._source(page, index, image, pixels, image.size, shared)
+            return self._source(page, index, image, pixels, image.size, self._share(content))
 
     def _source(
         self,
@@ -148,13 +166,11 @@ class PageReader:
             while len(self._known) > self._remembered:
                 self._known.popitem(last=False)
 
-    def _share(self, data_hash: bytes, content: EncodedPage) -> EncodedPage:
+    def _share(self, content: EncodedPage) -> EncodedPage:
         """``content`` over the same bytes object as other pages of the file that still wait."""
         with self._lock:
-            if (other := self._waiting.get(data_hash)) is not None:
-                content = replace(content, data=other.data)
-            self._waiting[data_hash] = content
-        return content
+            file = self._waiting.setdefault(content.file.sha256, content.file)
+        return content if file is content.file else replace(content, file=file)
 
 
 def pixel_digest(image: Image.Image) -> bytes:

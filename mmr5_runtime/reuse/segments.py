@@ -21,14 +21,12 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mmr5_runtime.reuse.chain import RecentKeys
 from mmr5_runtime.types import RequestError
 
 
@@ -46,17 +44,13 @@ class Node:
     v: Tensor
     note: object | None = None
 
-    @property
-    def num_tokens(self) -> int:
-        return self.k.shape[2]
-
 
 @dataclass(frozen=True)
 class SegmentStoreStats:
     """``bytes`` of ``limit_bytes`` are taken by ``entries`` nodes; the rest counts since the start.
 
-    ``hits`` and ``misses`` count nodes asked for, ``evictions`` nodes that made room, ``refused``
-    nodes that did not fit.
+    ``hits`` and ``misses`` count nodes that prefixes asked for, ``evictions`` nodes that made room,
+    ``refused`` nodes that did not fit.
     """
 
     entries: int
@@ -95,8 +89,6 @@ class SegmentStore:
         self._pinned = device.type == "cuda"
         self._lock = threading.Lock()
         self._entries: dict[bytes, _Entry] = {}  # least recently used first
-        self._held = Counter[bytes]()
-        self._evicted = RecentKeys()
         self._clock = 0.0
         self._bytes = 0
         self._hits = self._misses = self._evictions = self._refused = 0
@@ -114,14 +106,14 @@ class SegmentStore:
             self._misses += len(keys) - len(found)
         return found
 
-    def get(self, key: bytes) -> Node | None:
-        """The node of ``key``, if it is remembered."""
+    def peek(self, key: bytes) -> Node | None:
+        """The node of ``key``, if it is remembered: a use of it, but neither a hit nor a miss.
+
+        For chains of which nobody knows how long they are: looking behind the last node is how
+        their end is found, and means nothing.
+        """
         with self._lock:
-            if key not in self._entries:
-                self._misses += 1
-                return None
-            self._hits += 1
-            return self._use(key).node
+            return self._use(key).node if key in self._entries else None
 
     def insert(
         self,
@@ -137,7 +129,7 @@ class SegmentStore:
         k, v [L, K, n, D] on any device, views of an arena included: they are copied, and the copy
         has finished when this returns. ``cost_ms`` is what computing the segment took. A key that
         is remembered already keeps its node. False means that it did not fit: its parent is not
-        there, or what would have to leave is held, or stands before it in its own chain.
+        there, or it is too large beside the nodes before it in its own chain.
 
         Raises RequestError for keys and values of other shapes than these, or a bad cost.
         """
@@ -160,41 +152,15 @@ class SegmentStore:
             node = Node(key, parent, both[0], both[1], note)
             self._entries[key] = _Entry(node, size, cost_ms, self._clock)
             self._bytes += size
-            self._evicted.discard(key)
             if parent is not None:
                 self._entries[parent].children += 1
             return True
 
-    def hold(self, keys: Iterable[bytes]) -> None:
-        """Let no node of these keys leave before as many calls of :meth:`release`.
-
-        A key need not be there yet: hold a document's chain first and read it afterwards, and
-        nothing of it is lost in between.
-        """
-        with self._lock:
-            self._held.update(keys)
-
-    def release(self, keys: Iterable[bytes]) -> None:
-        """Take back one :meth:`hold` of each key; RequestError, and no change, without one."""
-        counts = Counter(keys)
-        with self._lock:
-            if any(self._held[key] < count for key, count in counts.items()):
-                raise RequestError(
-                    "cannot release segments that are not held; release each hold once."
-                )
-            self._held -= counts
-
     def clear(self) -> None:
-        """Forget every node, held ones too, and what was evicted; holds and counters stay."""
+        """Forget every node; the counters stay."""
         with self._lock:
             self._entries.clear()
-            self._evicted = RecentKeys()
             self._bytes = 0
-
-    def evicted(self, key: bytes) -> bool:
-        """Was the node of ``key`` there and had to make room? Recent evictions are remembered."""
-        with self._lock:
-            return key in self._evicted
 
     def stats(self) -> SegmentStoreStats:
         with self._lock:
@@ -222,23 +188,19 @@ class SegmentStore:
         """Evict until ``size`` more bytes fit behind ``parent``; False, and no change, if never."""
         if self._bytes + size <= self._limit:
             return True
-        kept = self._ancestry([key for key in self._held if key in self._entries])
-        if parent is not None:
-            kept |= self._ancestry([parent])
+        kept = self._chain(parent)
         if sum(self._entries[key].size for key in kept) + size > self._limit:
             return False
         while self._bytes + size > self._limit:
             self._evict(kept)
         return True
 
-    def _ancestry(self, keys: Sequence[bytes]) -> set[bytes]:
-        """The keys and those of all nodes before them."""
+    def _chain(self, key: bytes | None) -> set[bytes]:
+        """The key, if it is one, and those of all nodes before it."""
         found = set[bytes]()
-        for start in keys:
-            key: bytes | None = start
-            while key is not None and key not in found:
-                found.add(key)
-                key = self._entries[key].node.parent
+        while key is not None:
+            found.add(key)
+            key = self._entries[key].node.parent
         return found
 
     def _evict(self, kept: set[bytes]) -> None:
@@ -253,7 +215,6 @@ class SegmentStore:
         self._clock = max(self._clock, worths[key])
         self._bytes -= entry.size
         self._evictions += 1
-        self._evicted.add(key)
 
     def _worth(self, leaf: bytes, kept: set[bytes]) -> float:
         """The least of clock + ms per byte over the leaf, it and its parent, and so on.

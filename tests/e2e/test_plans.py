@@ -174,9 +174,10 @@ def test_top_k_of_a_plan_is_the_first_k_of_the_whole(mini_int4: Path) -> None:
 def test_cascade_drops_by_relevance_and_ranks_the_rest(fresh: Fresh) -> None:
     reranker, pages = fresh(), png_pages(9)
     result = reranker.rerank(QUESTION, pages, plan="cascade", window=4, **SHORT)
-    plan, relevance = result.plan, result.plan.relevance
-    assert relevance is not None and len(relevance) == 9
-    assert all(0 <= chance <= 1 for chance in relevance) and len(set(relevance)) == 9
+    plan = result.plan
+    assert plan.relevance is not None and None not in plan.relevance
+    relevance = [chance for chance in plan.relevance if chance is not None]
+    assert len(set(relevance)) == 9 and all(0 <= chance <= 1 for chance in relevance)
     [window] = plan.windows
     by_relevance = sorted(range(9), key=lambda page: -relevance[page])
     kept = max(2, min(4, sum(chance >= 0.5 for chance in relevance)))
@@ -185,7 +186,7 @@ def test_cascade_drops_by_relevance_and_ranks_the_rest(fresh: Fresh) -> None:
     assert (plan.name, plan.rounds, window.round) == ("cascade", 2, 2)
     assert result.cache.pages_encoded == 9 and result.answer is None
     again = reranker.rerank(QUESTION, pages, plan="cascade", window=4, **SHORT)
-    assert (again.order, again.plan.relevance) == (result.order, relevance)
+    assert (again.order, again.plan.relevance) == (result.order, plan.relevance)
     assert again.cache.pages_encoded == 0
 
 
@@ -205,6 +206,37 @@ def test_cascade_answers(fresh: Fresh) -> None:
     result = fresh().rerank(QUESTION, pages, **options)
     assert isinstance(result.answer, str) and result.answer
     assert fresh(CacheConfig.off()).rerank(QUESTION, pages, **options).answer == result.answer
+
+
+def test_cascade_answers_from_one_page_too(fresh: Fresh) -> None:
+    result = fresh().rerank(QUESTION, png_pages(1), plan="cascade", answer=True, max_new_tokens=6)
+    assert result.order == (0,) and result.answer is not None
+    assert result.usage.completion_tokens >= 1 and result.usage.prompt_tokens > 0
+
+
+def test_drafts_of_an_engine_that_rounds_activations_are_no_promise(fresh: Fresh) -> None:
+    pages = png_pages(3)
+    for quant, exactness in (("int8", "approximate"), ("int4", "token_identical")):
+        result = fresh(quant=quant).rerank(QUESTION, pages, draft=True, max_new_tokens=6)
+        assert result.exactness == exactness
+
+
+def test_samples_stop_when_time_is_over(tiny_engine: EngineFactory) -> None:
+    loaded = load(tiny_engine("int4"))
+    request = open_request(
+        loaded, remember(loaded), QUESTION, png_pages(3),
+        RerankOptions(samples=4, temperature=0.5, seed=1, max_new_tokens=2),
+    )  # fmt: skip
+    whole = [event for event in serve(request) if isinstance(event, RerankResult)][0]
+    assert whole.stability is not None and len(whole.stability.orders) == 4
+    request = open_request(
+        loaded, remember(loaded), QUESTION, png_pages(3),
+        RerankOptions(samples=4, temperature=0.5, seed=1, max_new_tokens=2),
+    )  # fmt: skip
+    late = dataclasses.replace(request, deadline=AfterChecks(14))
+    cut = [event for event in serve(late) if isinstance(event, RerankResult)][0]
+    assert cut.stability is not None and 1 <= len(cut.stability.orders) < 4
+    assert (cut.stop_reason, cut.exactness) == ("deadline", "approximate")
 
 
 def test_an_answer_from_more_pages_than_fit_uses_those_that_do(

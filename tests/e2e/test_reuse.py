@@ -149,6 +149,8 @@ def test_reasons_in_the_result_and_in_the_stats(fresh: Fresh) -> None:
     assert smaller == ({"parameters": 1}, {"parameters": 1})
     totals = reranker.cache.stats().misses
     assert (_nonzero(totals.segments), _nonzero(totals.pages)) == (seen, pages_seen)
+    # Every miss of the store has a reason; looking for answers is none.
+    assert reranker.cache.stats().segments.misses == sum(seen.values())
 
 
 def test_eviction_is_a_reason(fresh: Fresh) -> None:
@@ -242,6 +244,7 @@ def test_relocation_moves_what_is_not_recomputed(tiny_engine: EngineFactory) -> 
     pages = [noise(280, 280, number) for number in range(3)]  # 100 tokens each
     with Reranker.load(tiny_engine("int4"), "cpu") as reranker:
         exact = reranker.rerank(QUESTION, pages, **SHORT)
+        reranker.rerank(QUESTION, pages, **SHORT, image_kv="relocate")  # captures the pages
         for share, moved in ((0.0, 3 * 68), (0.5, 3 * 34), (1.0, 0)):
             result = reranker.rerank(QUESTION, pages, **SHORT, image_kv="relocate", recompute=share)
             cache = result.cache

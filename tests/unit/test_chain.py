@@ -85,11 +85,3 @@ def test_recent_keys_are_the_last_ones_added(added: list[bytes], limit: int) -> 
         expected = [*(other for other in expected if other != key), key][-limit:]
         assert len(recent) == len(expected)
         assert all((key in recent) == (key in expected) for key in added)
-
-
-def test_a_discarded_key_is_gone() -> None:
-    recent = RecentKeys(2)
-    recent.add(b"a")
-    recent.discard(b"a")
-    recent.discard(b"never there")
-    assert b"a" not in recent and len(recent) == 0

@@ -53,10 +53,11 @@ def test_a_budget_completes_a_tag_that_has_begun(make: Make) -> None:
         assert run.answer.machine.state == "list"
 
 
-def test_a_budget_cannot_close_a_reasoning_that_quotes_an_answer() -> None:
+def test_a_budget_ends_a_reasoning_that_quotes_an_answer() -> None:
     text = "<think>Maybe <answer>[1, 2]</answer>? " + "No. " * 20
     run = decode(Script.of(qwen_language(), text), 3, think=15)
-    assert run.answer.stop_reason == "eos" and run.answer.reasoning_end == "open"
+    assert (run.answer.stop_reason, run.answer.reasoning_end) == ("max_tokens", "budget")
+    assert len(run.tokens) == 15  # a list forced behind the quoted one would not be read
 
 
 @LANGUAGES

@@ -95,9 +95,8 @@ def test_the_page_used_longest_ago_makes_room() -> None:
     store.get(key(0), GRID, 6)
     store.put(key(2), embeddings(2), GRID)
     assert [store.get(key(n), GRID, 6) is not None for n in range(3)] == [True, False, True]
-    assert [store.evicted(key(n)) for n in range(4)] == [False, True, False, False]
     store.put(key(1), embeddings(1), GRID)
-    assert [store.evicted(key(n)) for n in range(4)] == [True, False, False, False]
+    assert [store.get(key(n), GRID, 6) is not None for n in range(3)] == [False, True, True]
     assert store.stats().host.evictions == 2
 
 
@@ -105,7 +104,7 @@ def test_a_page_larger_than_the_limit_is_not_kept_and_drives_nobody_out() -> Non
     store = cache(embeddings(0).nbytes)
     store.put(key(0), embeddings(0), GRID)
     store.put(key(1), embeddings(1, tokens=7), (1, 2, 14))
-    assert store.get(key(1), (1, 2, 14), 7) is None and not store.evicted(key(1))
+    assert store.get(key(1), (1, 2, 14), 7) is None
     assert same_bits(store.get(key(0), GRID, 6), embeddings(0))
 
 
@@ -123,7 +122,7 @@ def test_pinned_pages_stay_until_every_pin_is_taken_back() -> None:
     store.unpin([key(0)])
     for number in (5, 6):
         store.put(key(number), embeddings(number), GRID)
-    assert store.get(key(0), GRID, 6) is None and store.evicted(key(0))
+    assert store.get(key(0), GRID, 6) is None
     assert store.stats().pinned == 0
 
 
@@ -159,13 +158,13 @@ def test_nothing_can_be_pinned_where_nothing_is_kept() -> None:
     store.pin([])
 
 
-def test_clear_forgets_pages_and_reasons_but_not_pins() -> None:
+def test_clear_forgets_pages_but_not_pins() -> None:
     store = cache(embeddings(0).nbytes)
     store.put(key(0), embeddings(0), GRID)
     store.put(key(1), embeddings(1), GRID)
     store.pin([key(1)])
     store.clear()
-    assert store.get(key(1), GRID, 6) is None and not store.evicted(key(0))
+    assert store.get(key(1), GRID, 6) is None
     stats = store.stats()
     assert (stats.host.entries, stats.host.bytes, stats.pinned) == (0, 0, 1)
 
@@ -196,13 +195,13 @@ def test_a_new_process_finds_the_same_bits(tmp_path: Path) -> None:
     assert other.get(key(0), GRID, 6) is None and other.stats().rejected == 1
 
 
-def test_pages_the_disk_let_go_count_as_evicted(tmp_path: Path) -> None:
+def test_pages_the_disk_let_go_are_gone(tmp_path: Path) -> None:
     size = cache(disk=tmp_path)
     size.put(key(9), embeddings(9), GRID)
     limit = size.stats().disk.bytes
     store = cache(0, disk=tmp_path, disk_gib=limit / GIB)
     store.put(key(0), embeddings(0), GRID)
-    assert store.evicted(key(9)) and not store.evicted(key(0))
+    assert [store.get(key(n), GRID, 6) is not None for n in (9, 0)] == [False, True]
     assert store.stats().disk.evictions == 1
 
 
@@ -342,7 +341,7 @@ class CacheMachine(RuleBasedStateMachine):
     def ask_and_compute(self, number: int) -> None:
         found = self.cache.get(key(number), GRID, 6)
         if found is not None:
-            assert same_bits(found, embeddings(number)) and not self.cache.evicted(key(number))
+            assert same_bits(found, embeddings(number))
             return
         assert number not in self.kept
         before = self.cache.stats().host

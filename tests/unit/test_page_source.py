@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers.pictures import BLUE, noise, quadrants
-from mmr5_runtime.pages import EncodedPage, Page, open_page
+from helpers.pictures import BLUE, RED, noise, quadrants
+from mmr5_runtime.pages import EncodedPage, Page, PdfFiles, open_page, read_page
 from mmr5_runtime.reuse.page_source import PageReader, PageSource, pixel_digest
 from mmr5_runtime.types import PageError, RequestError
 
@@ -84,7 +86,101 @@ def test_waiting_pages_of_one_file_share_its_bytes(tmp_path: Path) -> None:
     reader.open(tmp_path / "page.png", 0)
     waiting = [reader.open(tmp_path / "page.png", index) for index in range(5)]
     contents = [source._content for source in waiting]
-    assert len({id(content.data) for content in contents if isinstance(content, EncodedPage)}) == 1
+    files = [content.file for content in contents if isinstance(content, EncodedPage)]
+    assert len(files) == 5 and len({id(file.data) for file in files}) == 1
+
+
+def _pdf(path: Path, *images: Image.Image, size: int = 0) -> None:
+    """One page per image, in a file of at least ``size`` bytes."""
+    images[0].save(path, "PDF", save_all=True, append_images=images[1:])
+    path.write_bytes(path.read_bytes().ljust(size, b"\n"))
+
+
+def _replace_between(path: Path, data: bytes, *, same_time: bool) -> Iterator[Page]:
+    """Pages 1 and 2 of a PDF file whose bytes change in between."""
+    yield (path, 1)
+    before = path.stat()
+    path.write_bytes(data)
+    later = 0 if same_time else 10**9
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + later))
+    yield (path, 2)
+
+
+def test_pages_opened_together_are_those_opened_one_by_one(tmp_path: Path) -> None:
+    pytest.importorskip("pypdfium2", reason="the extra mmr5-runtime[pdf] is not installed")
+    path, other, link = (tmp_path / name for name in ("report.pdf", "other.pdf", "link.pdf"))
+    _pdf(path, quadrants(), noise(40, 24), Image.new("RGB", (40, 24), BLUE))
+    _pdf(other, noise(24, 40), noise(24, 40, seed=1))
+    link.symlink_to(path)
+    image = noise(16, 8)
+    pages: list[Page] = [
+        (path, 1), (other, 2), image, (str(path), 3), png(image), (link, 2), (path, 1), (other, 1),
+    ]  # fmt: skip
+    together, one_by_one = PageReader(LIMIT), PageReader(LIMIT)
+    for _ in range(2):  # decoded, and known
+        found = together.open_all(pages)
+        expected = [one_by_one.open(page, index) for index, page in enumerate(pages)]
+        for a, b in zip(found, expected, strict=True):
+            assert (a.page is b.page, a.index, a.size, a.pixels, a.decoded) == (
+                True, b.index, b.size, b.pixels, b.decoded,
+            )  # fmt: skip
+            assert a.image().tobytes() == b.image().tobytes()
+    assert together.open_all([]) == []
+
+
+def test_a_pdf_file_is_read_and_hashed_once_for_all_its_pages(tmp_path: Path) -> None:
+    path, link = tmp_path / "report.pdf", tmp_path / "link.pdf"
+    path.write_bytes(b"%PDF-1.4 and so on")
+    link.symlink_to(path)
+    files: PdfFiles = {}
+    first, *others = (
+        read_page(page, LIMIT, pdf_files=files)
+        for page in ((path, 1), (str(path), 2), (link, 3), (tmp_path / "." / "report.pdf", 1))
+    )
+    assert isinstance(first, EncodedPage) and len(files) == 1
+    for number, page in zip((2, 3, 1), others, strict=True):
+        assert isinstance(page, EncodedPage) and page.pdf is not None and page.pdf[0] == number
+        assert page.file is first.file and page.file.sha256 is first.file.sha256
+    path.write_bytes(b"%PDF-1.4 and so forth")
+    changed = read_page((path, 1), LIMIT, pdf_files=files)
+    assert isinstance(changed, EncodedPage) and changed.file.data.endswith(b"forth")
+
+
+@pytest.mark.parametrize("same_time", [True, False])
+def test_pages_opened_together_are_of_one_reading_unless_the_file_changed(
+    tmp_path: Path, same_time: bool
+) -> None:
+    """Only a file that was not read again can still show its old second page."""
+    pytest.importorskip("pypdfium2", reason="the extra mmr5-runtime[pdf] is not installed")
+    path, new = tmp_path / "report.pdf", tmp_path / "new.pdf"
+    red, blue = (Image.new("RGB", (40, 24), colour) for colour in (RED, BLUE))
+    _pdf(path, quadrants(), red, size=8192)
+    _pdf(new, quadrants(), blue, size=8192)
+    expected = [open_page((file, 2)).tobytes() for file in (new, path)][same_time]
+    reader = PageReader(LIMIT)
+    second = reader.open_all(_replace_between(path, new.read_bytes(), same_time=same_time))[1]
+    assert second.image().tobytes() == expected
+    # The next call looks at the file again, whatever its time says.
+    assert reader.open_all([(path, 2)])[0].image().tobytes() == open_page((new, 2)).tobytes()
+
+
+def test_the_first_page_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "report.pdf"
+    path.write_bytes(b"%PDF-1.4 damaged")
+    good, gone = png(noise(8, 8)), tmp_path / "gone.png"
+    lists: list[list[Any]] = [
+        [good, gone, (path, 1)],
+        [(path, 1), good, gone],
+        [good, (path, "2"), gone],
+    ]
+    for pages in lists:
+        together, one_by_one = PageReader(LIMIT), PageReader(LIMIT)
+        with pytest.raises(PageError) as expected:
+            for index, page in enumerate(pages):
+                one_by_one.open(page, index)
+        with pytest.raises(PageError) as caught:
+            together.open_all(pages)
+        assert str(caught.value) == str(expected.value)
 
 
 def test_a_file_that_changes_meanwhile_is_not_mistaken(tmp_path: Path) -> None:

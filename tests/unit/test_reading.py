@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +21,15 @@ from helpers.reading import (
     read,
     remember,
 )
+from mmr5_runtime.cursor import Cursor
+from mmr5_runtime.deadline import Deadline
 from mmr5_runtime.loading import LoadedEngine
-from mmr5_runtime.options import Layout
+from mmr5_runtime.options import Layout, RerankOptions
 from mmr5_runtime.pages import Page
+from mmr5_runtime.reading import UseCounts, read_prompt
+from mmr5_runtime.request import open_request
+from mmr5_runtime.timing import Timings
+from mmr5_runtime.types import PageError
 
 PROMPTS = 34  # for each of 6 engines: 204 in all
 QUESTIONS = (QUESTION, "Where is the budget table?", "Who signed?")
@@ -167,6 +174,38 @@ def test_what_was_read_when_time_ran_out_is_remembered(loaded: LoadedEngine, seg
         4 - segments,
     )
     assert again.equals(read(loaded, forgetful(loaded), pages))
+
+
+@pytest.mark.parametrize("segments", range(5))
+def test_what_time_left_unread_is_new_the_next_time(loaded: LoadedEngine, segments: int) -> None:
+    memory, pages = remember(loaded), png_pages(3)
+    read(loaded, memory, pages, deadline=AfterChecks(segments))
+    misses = read(loaded, memory, pages).counts.misses
+    assert dict(misses) == ({"query": 4}, {"page": 3}, {"page": 2}, {"page": 1}, {})[segments]
+    assert read(loaded, memory, pages).counts.misses == {}
+
+
+def test_what_an_error_left_unread_is_new_the_next_time(
+    loaded: LoadedEngine, tmp_path: Path
+) -> None:
+    """A page whose pixels cannot be had any more ends the reading of its prompt."""
+    memory, pages = remember(loaded), png_pages(3)
+    request = open_request(loaded, memory, QUESTION, pages, RerankOptions())
+    prompt = request.prompt(request.plan_prompt(range(3)), range(3))
+    timings = Timings(loaded.engine.device)
+
+    def unreadable() -> torch.Tensor:
+        raise PageError("page 2: it looks different each time it is decoded")
+
+    second = dataclasses.replace(prompt.pages[1], embeddings=unreadable)
+    broken = dataclasses.replace(prompt, pages=(prompt.pages[0], second, prompt.pages[2]))
+    with pytest.raises(PageError, match="page 2"):
+        read_prompt(
+            broken, broken.keys(), Cursor(loaded.engine, 2048), memory.segments, memory.ledger,
+            UseCounts(), timings, Deadline(None),
+        )  # fmt: skip
+    assert dict(read(loaded, memory, pages).counts.misses) == {"page": 2}
+    assert memory.stats().misses.segments["evicted"] == 0
 
 
 def test_a_store_too_small_for_the_prompt_keeps_its_beginning(loaded: LoadedEngine) -> None:

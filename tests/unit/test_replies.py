@@ -110,7 +110,7 @@ def test_a_draft_read_too_far_is_not_kept(engine: Engine, store: SegmentStore) -
     cursor.step([1, 2, 3])  # guesses that were not chosen
     replies.remember(steps, cursor, prompt, cost_ms=1.0)
     [node] = _recalled(replies).nodes
-    assert node.num_tokens == 3
+    assert node.k.shape[2] == 3
     assert torch.equal(node.k, cursor.arena.view(prompt.length, prompt.length + 3)[0])
 
 
@@ -174,6 +174,18 @@ def test_answers_that_differ_are_not_joined(engine: Engine, store: SegmentStore)
     _remember(engine, replies, other)
     recalled = list(_recalled(replies).steps)
     assert recalled in (one, other)
+
+
+def test_looking_for_more_of_an_answer_is_no_miss(engine: Engine, store: SegmentStore) -> None:
+    replies = Replies(store, PROMPT, HEAD, "greedy")
+    before = store.stats()
+    assert replies.recall() is None
+    for end in (4, 8):
+        _remember(engine, replies, _steps(end))
+        assert len(_recalled(replies).steps) == end
+    after = store.stats()
+    assert after.entries == before.entries + 2
+    assert (after.hits, after.misses) == (before.hits, before.misses)
 
 
 def test_no_room_is_no_error(engine: Engine) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
 
 import pytest
 import torch
@@ -40,11 +39,11 @@ def put(
 
 def present(store: SegmentStore, keys: list[bytes]) -> list[bytes]:
     """Which keys are there; asking makes them recent, in this order."""
-    return [key for key in keys if store.get(key)]
+    return [key for key in keys if store.peek(key)]
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """The model knows every segment ever made, what is held, and the last known presence."""
+    """The model knows every segment ever made, and the last known presence."""
 
     segments = Bundle("segments")
 
@@ -54,9 +53,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.store = SegmentStore(self.limit, CPU)
         self.parents: dict[bytes, bytes | None] = {}
         self.tokens: dict[bytes, int] = {}
-        self.held = Counter[bytes]()
         self.there = set[bytes]()  # as of the end of the last rule
-        self.gone = set[bytes]()  # evicted and not back
         self.refused = self.evictions = 0
 
     def chain(self, key: bytes | None) -> list[bytes]:
@@ -69,8 +66,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def protected(self, key: bytes | None) -> set[bytes]:
         """What may not leave while a child of ``key`` is inserted."""
-        holds = [held for held in self.held if held in self.there]
-        return {one for start in (*holds, key) for one in self.chain(start)} & self.there
+        return set(self.chain(key)) & self.there
 
     @rule(
         target=segments,
@@ -112,25 +108,8 @@ class StoreMachine(RuleBasedStateMachine):
                 used = sum(self.tokens[one] for one in after)
                 least = max(self.tokens[one] for one in lost)
                 assert (used + least) * TOKEN_BYTES > self.limit
-            self.gone = (self.gone | lost) - {key}
             self.evictions += len(lost)
         self.there = after
-
-    @rule(key=segments)
-    def hold(self, key: bytes) -> None:
-        chain = self.chain(key)
-        self.store.hold(chain)
-        self.held.update(chain)
-
-    @rule(key=segments)
-    def release(self, key: bytes) -> None:
-        chain = self.chain(key)
-        if all(self.held[one] for one in chain):
-            self.store.release(chain)
-            self.held -= Counter(chain)
-        else:
-            with pytest.raises(RequestError, match="not held"):
-                self.store.release(chain)
 
     @rule(key=segments)
     def read_prefix(self, key: bytes) -> None:
@@ -146,7 +125,7 @@ class StoreMachine(RuleBasedStateMachine):
         for node in nodes:
             k, v = tensors(int.from_bytes(node.key, "big"), self.tokens[node.key])
             assert torch.equal(node.k, k) and torch.equal(node.v, v)
-            assert node.note == node.key and node.num_tokens == self.tokens[node.key]
+            assert node.note == node.key
         after = self.store.stats()
         assert after.hits - before.hits == len(expected)
         assert after.misses - before.misses == len(chain) - len(expected)
@@ -156,10 +135,9 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.clear()
         self.there = self.present_now()
         assert not self.there
-        self.gone = set()
 
     def present_now(self) -> set[bytes]:
-        """What is there, read off the tree itself: ``get`` would change what leaves next."""
+        """What is there, read off the tree itself: ``peek`` would change what leaves next."""
         entries = self.store._entries
         assert all(entry.node.key == key for key, entry in entries.items())
         return set(entries)
@@ -173,7 +151,6 @@ class StoreMachine(RuleBasedStateMachine):
         assert stats.bytes == sum(self.tokens[key] for key in there) * TOKEN_BYTES <= self.limit
         assert all(self.parents[key] is None or self.parents[key] in there for key in there)
         assert (stats.refused, stats.evictions) == (self.refused, self.evictions)
-        assert all(self.store.evicted(key) == (key in self.gone) for key in self.parents)
 
 
 TestStore = StoreMachine.TestCase
@@ -220,15 +197,15 @@ def test_what_is_cheapest_per_byte_leaves_first() -> None:
 
 def test_among_equals_the_least_recently_used_leaves() -> None:
     store, keys = filled(1.0, 1.0, 1.0)
-    assert store.get(keys[0])
+    assert store.peek(keys[0])
     assert put(store, b"\x10")
     assert present(store, keys) == [keys[0], keys[2]]
 
 
 def test_a_use_makes_worth_more_than_an_unused_newcomer() -> None:
     store, (kept, cheap) = filled(1.5, 1.0)
-    assert put(store, b"\x10", cost_ms=1.0) and not store.get(cheap)  # the clock stands at 1
-    assert store.get(kept)  # 1 + 1.5 instead of 1.5; the newcomer has 1 + 1
+    assert put(store, b"\x10", cost_ms=1.0) and not store.peek(cheap)  # the clock stands at 1
+    assert store.peek(kept)  # 1 + 1.5 instead of 1.5; the newcomer has 1 + 1
     assert put(store, b"\x11", cost_ms=1.0)
     assert present(store, [kept, b"\x10", b"\x11"]) == [kept, b"\x11"]
 
@@ -246,7 +223,7 @@ def test_what_is_not_used_ages_however_dear_it_was() -> None:
     store, (dear, _) = filled(4.0, 1.0)
     for number in range(16, 40):  # a stream of cheap ones, each used once
         assert put(store, bytes([number]))
-    assert not store.get(dear) and store.evicted(dear)
+    assert not store.peek(dear)
 
 
 def test_a_costly_reply_does_not_keep_a_stale_prompt() -> None:
@@ -280,33 +257,14 @@ def test_a_chain_longer_than_the_store_keeps_its_beginning() -> None:
     stored = [put(store, key, parents[i]) for i, key in enumerate(keys)]
     assert stored == [True, True, True, False, False]
     assert [node.key for node in store.prefix(keys)] == keys[:3]
-    assert store.evicted(b"\x40") and not store.evicted(keys[4])
-    assert store.stats().refused == 2
+    assert store.peek(b"\x40") is None
+    assert (store.stats().evictions, store.stats().refused) == (1, 2)
 
 
 def test_too_large_a_node_drives_nobody_out() -> None:
     store, keys = filled(1.0, 1.0)
     assert not put(store, b"\x10", tokens=3)
     assert present(store, keys) == keys
-
-
-def test_held_chains_outlast_any_number_of_others() -> None:
-    store = SegmentStore(5 * TOKEN_BYTES, CPU)
-    document = [b"\x01", b"\x02"]
-    store.hold(document)  # before it is there
-    store.hold(document)
-    put(store, document[0], None, 2, 0.0)
-    put(store, document[1], document[0], 2, 0.0)
-    for number in range(16, 26):
-        assert put(store, bytes([number]), cost_ms=100.0)
-        assert not put(store, bytes([number + 100]), tokens=2, cost_ms=100.0)
-    assert len(store.prefix(document)) == 2
-    store.release(document)
-    assert put(store, b"\x90", cost_ms=100.0) and len(store.prefix(document)) == 2
-    store.release(document)
-    assert put(store, b"\x91", tokens=2) and len(store.prefix(document)) < 2
-    with pytest.raises(RequestError, match="not held"):
-        store.release(document)
 
 
 def test_a_prefix_begins_at_a_head_and_follows_parents() -> None:
@@ -319,6 +277,16 @@ def test_a_prefix_begins_at_a_head_and_follows_parents() -> None:
     assert store.prefix([]) == []
 
 
+def test_a_peek_is_a_use_and_no_hit_or_miss() -> None:
+    store, keys = filled(1.0, 1.0)
+    before = store.stats()
+    node = store.peek(keys[0])
+    assert node is not None and node.key == keys[0]
+    assert store.peek(b"\x10") is None
+    assert store.stats() == before
+    assert put(store, b"\x11") and present(store, keys) == [keys[0]]
+
+
 def test_the_same_uses_leave_the_same_nodes() -> None:
     def survivors() -> list[bytes]:
         generator = torch.Generator().manual_seed(5)
@@ -327,7 +295,7 @@ def test_the_same_uses_leave_the_same_nodes() -> None:
         for key in heads:
             tokens, cost, other = torch.randint(1, 6, (3,), generator=generator).tolist()
             put(store, key, None, tokens, float(cost))
-            store.get(bytes([other]))
+            store.peek(bytes([other]))
         return present(store, heads)
 
     first = survivors()
@@ -374,13 +342,11 @@ def test_many_threads_leave_a_bounded_tree() -> None:
         for turn in range(60):
             base = 1 + (worker * 7 + turn) % 60
             chain = [bytes([base]), bytes([base + 64]), bytes([base + 128])]
-            store.hold(chain)
             for key, parent in zip(chain, [None, *chain], strict=False):
                 put(store, key, parent, tokens=1 + turn % 4, cost_ms=float(base))
             for node in store.prefix(chain):
-                if not torch.equal(node.k, tensors(node.key[0], node.num_tokens)[0]):
+                if not torch.equal(node.k, tensors(node.key[0], node.k.shape[2])[0]):
                     wrong.append(f"{node.key!r}")
-            store.release(chain)
             if store.stats().bytes > 40 * TOKEN_BYTES:
                 wrong.append("too many bytes")
 
