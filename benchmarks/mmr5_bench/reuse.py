@@ -39,6 +39,7 @@ from mmr5_bench.reuse_cases import (
     DRAFTED,
     EXACT,
     LATENCY,
+    UNMASKED,
     Memory,
     PaperCase,
     Record,
@@ -317,11 +318,13 @@ def _work(scale: Scale, part: Part, index: int) -> str:
 
 def _task(bench: Bench, part: Part, indices: Sequence[int]) -> int:
     torch.set_num_threads(1)
-    with bench.load(SMALL) as reranker:
+    with bench.load(SMALL) as reranker, bench.load(CacheConfig.off()) as forgetful:
         for index in indices:
             case = draw_case(index, bench.scale.seed)
-            rerank = partial(reranker.rerank, case.question, draw(case.pages))
-            asked = trials(bench.scale, part, index)
-            answers = {trial.name: ask(rerank, trial) for trial in asked}
+            question, pages = case.question, draw(case.pages)
+            answers: Answers = {}
+            for trial in trials(bench.scale, part, index):
+                served_by = forgetful if trial is UNMASKED else reranker
+                answers[trial.name] = ask(partial(served_by.rerank, question, pages), trial)
             bench.journal.add(_work(bench.scale, part, index), [answers])
     return len(indices)

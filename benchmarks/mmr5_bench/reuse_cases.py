@@ -111,12 +111,14 @@ LATENCY: tuple[Session, ...] = (
 
 DRAFTED = Trial("draft", {**PLAIN, "draft": True})
 DETERMINED = Trial("determined (default)", {})
+UNMASKED = Trial("determined, no mask", {"constrain": False})
 TOP_KS = (1, 3, 5)
 # In this order: the first draft must not find the plain answer among those it drafts from, and what
 # `DETERMINED` decodes must not be what an earlier trial left, which another mask takes care of.
 EXACT: tuple[Trial, ...] = (
     DRAFTED,
     BASELINE,
+    UNMASKED,  # decodes as BASELINE does, so it is asked where nothing is remembered
     DETERMINED,
     *(Trial(f"top_k={k}", {}, top_k=k) for k in TOP_KS),
 )

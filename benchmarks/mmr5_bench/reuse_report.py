@@ -28,6 +28,7 @@ from mmr5_bench.reuse_cases import (
     LATENCY,
     MAX_NEW_TOKENS,
     TOP_KS,
+    UNMASKED,
     Record,
     Trial,
 )
@@ -151,10 +152,11 @@ def exact_rows(lists: Sequence[Answers]) -> list[dict[str, Any]]:
     """``same`` out of ``lists`` for every exact option, and what it saved."""
     pairs = {
         name: [(one[name], one[BASELINE.name]) for one in lists if name in one]
-        for name in (DETERMINED.name, *(f"top_k={k}" for k in TOP_KS), DRAFTED.name)
+        for name in (DETERMINED.name, UNMASKED.name, *(f"top_k={k}" for k in TOP_KS), DRAFTED.name)
     }
     same: dict[str, Callable[[Record, Record], bool]] = {
         DETERMINED.name: lambda own, base: own.order == base.order,
+        UNMASKED.name: lambda own, base: own.order == base.order,
         **{f"top_k={k}": partial(_same_first, k=k) for k in TOP_KS},
         DRAFTED.name: lambda own, base: (own.text, own.tokens) == (base.text, base.tokens),
     }

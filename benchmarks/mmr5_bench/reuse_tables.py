@@ -106,7 +106,8 @@ def exact_table(part: Mapping[str, Any]) -> str:
     return (
         f"{_table(head, lines, 1)}\n\nHeld-out lists of 2 to 10 pages. Same: the order; the first "
         "k of it; the text and number of tokens for drafts, which were verified with earlier lists "
-        "to draft from. Top-k answers were replayed from the default's tokens."
+        "to draft from. Full decoding has no permutation mask, the default has: it changes the "
+        "order only where it stepped in. Top-k answers were replayed from the default's tokens."
     )
 
 

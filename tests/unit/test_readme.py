@@ -61,9 +61,11 @@ def test_a_document_that_no_table_shows_is_named(tmp_path: Path) -> None:
         load_document(tmp_path / "r.json")
 
 
-@pytest.mark.parametrize("name", ["mini-quantization"])
-def test_the_readme_tables_are_those_that_the_results_give(name: str) -> None:
+@pytest.mark.parametrize(
+    "name, page", [("mini-quantization", "README.md"), ("mini-reuse", "docs/reuse.md")]
+)
+def test_tables_are_those_that_the_results_give(name: str, page: str) -> None:
     path = ROOT / "benchmarks" / "results" / f"{name}.json"
     marker, table = table_of(load_document(path))
     assert marker == name
-    assert table in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert table in (ROOT / page).read_text(encoding="utf-8")
