@@ -43,7 +43,10 @@ def latency_table(part: Mapping[str, Any]) -> str:
             f"{row['ratio']['p95']:.2f}",
             f"{row['ttft_ratio']['median']:.2f}" if row["ttft_ratio"] else "",
             *(f"{row[key]:g}" for key in ("tokens", "steps", "prefills", "encodes")),
-            f"{row['tokens_less']:g} ({row['saved']:g})" if row["saved"] else "",
+            # Rows of several samples wrote more than one answer has.
+            f"{row['tokens_less']:g} ({row['saved']:g})"
+            if row["saved"] and row["ttft_ratio"]
+            else "",
             str(row["lists"]),
         ]
         for row in part["rows"]
@@ -52,7 +55,8 @@ def latency_table(part: Mapping[str, Any]) -> str:
         f"{_table(head, lines, 2)}\n\nTime and time to the first token relative to no reuse and no "
         'stopping (`CacheConfig.off()`, `stop="eos"`, `constrain=False`), list by list; medians '
         "(time also 95th percentile). Time to the first token is the sum of the stages before it, "
-        "by the clock where only one token was asked for. Counts are medians; pages that are moved "
+        "by the clock where only one token was asked for. Counts are medians, tokens saved with "
+        "the result's own estimate in brackets; pages that are moved "
         "count as read, and sampling rows are sums over all samples."
     )
 
