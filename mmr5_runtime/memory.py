@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from mmr5_runtime.drafting import SuffixIndex
 from mmr5_runtime.loading import LoadedEngine
 from mmr5_runtime.reuse.config import CacheConfig, check_limits
@@ -42,8 +40,8 @@ class Memory:
         check_limits(
             config,
             device,
-            embedding_bytes_per_page=_footprint(tokens * text.hidden_size * itemsize, device),
-            kv_bytes_per_page=_footprint(tokens * per_token, device),
+            embedding_bytes_per_page=tokens * text.hidden_size * itemsize,
+            kv_bytes_per_page=tokens * per_token,
         )
         self.reader = PageReader(max_image_pixels)
         self.encoder = EncoderCache(config, device, loaded.identity)
@@ -67,8 +65,3 @@ class Memory:
         self.relocatable.clear()
         self.ledger.forget()
         self.history = SuffixIndex()
-
-
-def _footprint(count: int, device: torch.device) -> int:
-    """Bytes that ``count`` take in the stores: PyTorch rounds page-locked blocks up."""
-    return 1 << (count - 1).bit_length() if device.type == "cuda" else count

@@ -106,8 +106,8 @@ def check_limits(
         RequestError: naming the limit, what one page needs and the remedy.
     """
     needed = {
-        "embeddings_gib": embedding_bytes_per_page,
-        "kv_gib": kv_bytes_per_page,
+        "embeddings_gib": host_bytes(embedding_bytes_per_page, device),
+        "kv_gib": host_bytes(kv_bytes_per_page, device),
         "gpu_gib": embedding_bytes_per_page if device.type == "cuda" and config.gpu_bytes else 0,
         "disk_gib": embedding_bytes_per_page if config.disk is not None else 0,
     }
@@ -119,6 +119,15 @@ def check_limits(
                 f"{name}={limit:g} cannot hold one page of this engine, which may take "
                 f"{math.ceil(need / _MIB)} MiB; raise it, lower max_pixels, or pass {remedy}."
             )
+
+
+def host_bytes(count: int, device: torch.device) -> int:
+    """Main memory that a block of ``count`` bytes takes in a store for ``device``.
+
+    For a GPU it is page-locked, and PyTorch rounds such blocks up to a power of two (pytorch
+    #150517); they are counted as they are, so that a limit bounds the machine's memory.
+    """
+    return 1 << (count - 1).bit_length() if device.type == "cuda" and count else count
 
 
 def _bytes(gib: float | None, *, default: int, share: int) -> int:

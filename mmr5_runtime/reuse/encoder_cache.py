@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmr5_runtime.reuse.config import CacheConfig
+from mmr5_runtime.reuse.config import CacheConfig, host_bytes
 from mmr5_runtime.reuse.disk import PageFolder
 from mmr5_runtime.reuse.identity import digest
 from mmr5_runtime.reuse.page_source import Size
@@ -209,9 +209,7 @@ class EncoderCache:
 
     def _keep(self, key: bytes, embeddings: Tensor, grid: Grid) -> Tensor:
         """Store a copy in the memories; returns the embeddings on the device."""
-        size = embeddings.nbytes
-        if self._locked_memory:
-            size = 1 << (size - 1).bit_length()
+        size = host_bytes(embeddings.nbytes, self._device)
         with self._lock:
             if self._host.fits(key, size, self._pins):
                 copy = torch.empty(

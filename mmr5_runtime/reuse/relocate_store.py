@@ -6,13 +6,14 @@ found by a request that asked for exact reuse.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
 from threading import Lock
 
 import torch
 from torch import Tensor
 
+from mmr5_runtime.reuse.config import host_bytes
+from mmr5_runtime.reuse.tiers import Tier
 from mmr5_runtime.rope import Grid
 
 
@@ -60,12 +61,10 @@ class RelocatableStore:
 
     def __init__(self, limit_bytes: int, device: torch.device) -> None:
         """``limit_bytes`` 0 keeps nothing; host memory is pinned when ``device`` is a GPU."""
-        self._limit = limit_bytes
-        self._pinned = device.type == "cuda"
+        self._device = device
         self._lock = Lock()
-        self._pages: OrderedDict[bytes, RelocatablePage] = OrderedDict()  # least recent first
-        self._bytes = 0
-        self._hits = self._misses = self._evictions = self._refused = 0
+        self._pages = Tier[RelocatablePage](limit_bytes)
+        self._misses = self._refused = 0
 
     def get(self, key: bytes) -> RelocatablePage | None:
         """The page of ``key``, in host memory, or None."""
@@ -73,51 +72,40 @@ class RelocatableStore:
             page = self._pages.get(key)
             if page is None:
                 self._misses += 1
-                return None
-            self._hits += 1
-            self._pages.move_to_end(key)
+            else:
+                self._pages.hits += 1
             return page
 
     def put(self, key: bytes, page: RelocatablePage) -> bool:
         """Keeps a copy of ``page``, evicting others; False when it alone exceeds the limit."""
-        if page.nbytes > self._limit:
+        size = host_bytes(page.k.nbytes, self._device) + host_bytes(page.v.nbytes, self._device)
+        if size > self._pages.limit_bytes:
             with self._lock:
                 self._refused += 1
             return False
         kept = RelocatablePage(self._copied(page.k), self._copied(page.v), page.grid)
         with self._lock:
-            self._drop(key)
-            while self._bytes + kept.nbytes > self._limit:
-                self._drop(next(iter(self._pages)))
-                self._evictions += 1
-            self._pages[key] = kept
-            self._bytes += kept.nbytes
+            self._pages.put(key, kept, size)
         return True
 
     def clear(self) -> None:
         """Forgets every page; the counters go on."""
         with self._lock:
             self._pages.clear()
-            self._bytes = 0
 
     def stats(self) -> RelocatableStats:
         with self._lock:
             return RelocatableStats(
                 entries=len(self._pages),
-                bytes=self._bytes,
-                limit_bytes=self._limit,
-                hits=self._hits,
+                bytes=self._pages.num_bytes,
+                limit_bytes=self._pages.limit_bytes,
+                hits=self._pages.hits,
                 misses=self._misses,
-                evictions=self._evictions,
+                evictions=self._pages.evictions,
                 refused=self._refused,
             )
 
-    def _drop(self, key: bytes) -> None:
-        page = self._pages.pop(key, None)
-        if page is not None:
-            self._bytes -= page.nbytes
-
     def _copied(self, part: Tensor) -> Tensor:
         """``part`` in contiguous host memory that nobody else writes to."""
-        host = torch.empty(part.shape, dtype=part.dtype, pin_memory=self._pinned)
+        host = torch.empty(part.shape, dtype=part.dtype, pin_memory=self._device.type == "cuda")
         return host.copy_(part)

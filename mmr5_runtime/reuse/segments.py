@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmr5_runtime.reuse.config import host_bytes
 from mmr5_runtime.types import RequestError
 
 
@@ -86,7 +87,7 @@ class SegmentStore:
                 f"a segment store of {limit_bytes} bytes is impossible; give 0 to switch it off."
             )
         self._limit = limit_bytes
-        self._pinned = device.type == "cuda"
+        self._device = device
         self._lock = threading.Lock()
         self._entries: dict[bytes, _Entry] = {}  # least recently used first
         self._clock = 0.0
@@ -134,7 +135,7 @@ class SegmentStore:
         Raises RequestError for keys and values of other shapes than these, or a bad cost.
         """
         _check(k, v, cost_ms)
-        size = self._footprint(2 * k.nbytes)
+        size = host_bytes(2 * k.nbytes, self._device)
         with self._lock:
             if key in self._entries:
                 self._use(key)
@@ -146,7 +147,9 @@ class SegmentStore:
                 return False
             # One block for both: it is rounded up once.
             shape = (2, *k.shape)
-            both = torch.empty(shape, dtype=k.dtype, device="cpu", pin_memory=self._pinned)
+            both = torch.empty(
+                shape, dtype=k.dtype, device="cpu", pin_memory=self._device.type == "cuda"
+            )
             both[0].copy_(k)
             both[1].copy_(v)
             node = Node(key, parent, both[0], both[1], note)
@@ -173,10 +176,6 @@ class SegmentStore:
                 evictions=self._evictions,
                 refused=self._refused,
             )
-
-    def _footprint(self, count: int) -> int:
-        """Bytes of memory that a block of ``count`` bytes takes."""
-        return 1 << (count - 1).bit_length() if self._pinned else count
 
     def _use(self, key: bytes) -> _Entry:
         entry = self._entries.pop(key)

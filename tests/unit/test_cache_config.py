@@ -108,8 +108,8 @@ def check(config: CacheConfig, device: torch.device = CPU, page: int = 10 << 20)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"embeddings_gib": 0.009}, "embeddings_gib=0.009 .* 10 MiB; raise it, lower max_pixels"),
-        ({"kv_gib": 0.07}, "kv_gib=0.07 cannot hold one page of this engine, .* 80 MiB"),
+        ({"embeddings_gib": 0.009}, "embeddings_gib=0.009 .* 16 MiB; raise it, lower max_pixels"),
+        ({"kv_gib": 0.07}, "kv_gib=0.07 cannot hold one page of this engine, .* 128 MiB"),
         ({"gpu_gib": 0.001}, "gpu_gib=0.001 .* or pass 0 to keep none"),
         ({"disk": "pages", "disk_gib": 0.001}, "disk_gib=0.001 .* or pass None as disk"),
     ],
@@ -121,7 +121,11 @@ def test_a_limit_below_one_page_is_refused(options: dict[str, Any], message: str
 
 def test_limits_of_just_one_page_and_limits_that_play_no_part_are_fine() -> None:
     one = CacheConfig(embeddings_gib=10 / 1024, kv_gib=80 / 1024, gpu_gib=10 / 1024)
-    check(one, CUDA)
+    check(one, CPU)
+    # Page-locked memory comes in powers of two; GPU memory does not.
+    check(CacheConfig(embeddings_gib=16 / 1024, kv_gib=128 / 1024, gpu_gib=10 / 1024), CUDA)
+    with pytest.raises(RequestError, match="embeddings_gib"):
+        check(one, CUDA)
     check(CacheConfig.off(), CUDA)
     check(CacheConfig(embeddings_gib=0, gpu_gib=0.001), CUDA)
     check(CacheConfig(gpu_gib=0.001, disk_gib=0.001))  # on a CPU, and no folder

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
 from mmr5_runtime.kvcache import KVArena
+from mmr5_runtime.reuse.config import host_bytes
 from mmr5_runtime.reuse.segments import SegmentStore
 from mmr5_runtime.spec import TextSpec
 from mmr5_runtime.types import RequestError
@@ -328,8 +329,9 @@ def test_a_negative_limit_is_refused() -> None:
 
 
 def test_page_locked_blocks_count_as_the_powers_of_two_they_take() -> None:
-    store = SegmentStore(10**6, torch.device("cuda"))  # only arithmetic: nothing is allocated
-    sizes = [store._footprint(count) for count in (1, 2, 3, 4096, 4097, 69 * 2**20)]
+    gpu = torch.device("cuda")  # only arithmetic: nothing is allocated
+    store = SegmentStore(10**6, gpu)
+    sizes = [host_bytes(count, gpu) for count in (1, 2, 3, 4096, 4097, 69 * 2**20)]
     assert sizes == [1, 2, 4, 4096, 8192, 128 * 2**20]
     assert not put(store, b"\x01", tokens=(10**6 // TOKEN_BYTES))  # 999,968 bytes take 2^20
 
