@@ -13,6 +13,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from mmr5_runtime.layers import GatedMLP, RMSNorm
+from mmr5_runtime.linear import Linear
 from mmr5_runtime.rope import TextRotary, apply_rotary
 from mmr5_runtime.spec import TextSpec
 from mmr5_runtime.weights import Weights
@@ -87,6 +88,11 @@ class Decoder(nn.Module):
         for layer in self.layers:
             x = layer(x, cos, sin, attend, observe)
         return x
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of weights that a decode step reads: every linear once, and no row more."""
+        return sum(m.prepared.num_bytes for m in self.modules() if isinstance(m, Linear))
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states x [M, hidden] -> [M, V] fp32."""

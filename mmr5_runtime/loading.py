@@ -30,6 +30,26 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
+class EngineInfo:
+    """What a loaded engine is, for reports and for telling two of them apart.
+
+    ``identity`` (64 hex digits) stands for everything that may change a bit of what it computes;
+    pixels are the limits per page; ``context`` is in tokens. ``step_bytes`` are the weights that
+    one decode step reads, ``token_kv_bytes`` the keys and values of one token it looks back at.
+    """
+
+    identity: str
+    profile: str
+    dtype: str
+    device: str
+    min_pixels: int
+    max_pixels: int
+    context: int
+    step_bytes: int
+    token_kv_bytes: int
+
+
+@dataclass(frozen=True)
 class LoadedEngine:
     """One engine folder in memory; immutable and shared by all requests.
 
@@ -51,6 +71,22 @@ class LoadedEngine:
     def language(self) -> Language:
         """What decoding has to know of the tokens."""
         return Language.of(self.tokenizer, self.engine.spec, self.engine.device)
+
+    @property
+    def info(self) -> EngineInfo:
+        """The engine in a few plain values."""
+        model = self.engine.model
+        return EngineInfo(
+            identity=self.identity.hex(),
+            profile=self.tokenizer.template.profile,
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=str(self.engine.device),
+            min_pixels=self.budget.min_pixels,
+            max_pixels=self.budget.max_pixels,
+            context=self.context,
+            step_bytes=model.decoder.step_bytes,
+            token_kv_bytes=model.spec.text.token_kv_values * model.dtype.itemsize,
+        )
 
     def prompts(self, layout: Layout) -> PromptTokenizer:
         """The engine's prompts in ``layout``; RequestError when its profile has no such layout."""

@@ -36,7 +36,7 @@ class Memory:
         tokens = loaded.budget.max_pixels // spec.vision.factor**2
         itemsize = loaded.engine.model.dtype.itemsize
         text = spec.text
-        per_token = 2 * text.num_layers * text.num_kv_heads * text.head_dim * itemsize
+        per_token = text.token_kv_values * itemsize
         check_limits(
             config,
             device,

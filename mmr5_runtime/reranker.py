@@ -20,7 +20,7 @@ import torch
 from mmr5_runtime.consistency import ConsistencyReport
 from mmr5_runtime.consistency_check import Query, check
 from mmr5_runtime.document import Document
-from mmr5_runtime.loading import LoadedEngine, load_engine
+from mmr5_runtime.loading import EngineInfo, LoadedEngine, load_engine
 from mmr5_runtime.memory import Memory
 from mmr5_runtime.options import RerankKeywords, RerankOptions
 from mmr5_runtime.pages import DEFAULT_MAX_IMAGE_PIXELS, Page
@@ -80,6 +80,11 @@ class Reranker:
             profile=profile,
         )
         return cls(loaded, Memory(cache or CacheConfig(), loaded, max_image_pixels))
+
+    @property
+    def info(self) -> EngineInfo:
+        """What was loaded: identity, prompts, compute type, pixel limits, bytes per decode step."""
+        return self._require_loaded().info
 
     @property
     def cache(self) -> Memory:

@@ -69,6 +69,7 @@ def _result(request: Request, record: Record, order: tuple[int, ...]) -> RerankR
         ),
         top_k=request.options.top_k,
         timings_ms=request.timings.total(),
+        first_token_ms=request.timings.first_token_ms,
         exactness=weakest(levels if single else [*levels, "replanned"]),
         reasoning_end=last.reasoning_end,
         tokens_saved=sum(outcome.tokens_saved for outcome in outcomes),

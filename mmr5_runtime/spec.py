@@ -113,6 +113,11 @@ class TextSpec:
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
 
+    @property
+    def token_kv_values(self) -> int:
+        """Numbers that one token leaves in the KV cache, all layers together."""
+        return 2 * self.num_layers * self.kv_size
+
 
 @dataclass(frozen=True)
 class ModelSpec:

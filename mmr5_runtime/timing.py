@@ -16,6 +16,7 @@ class Timings:
         self._device = device
         self._started = time.perf_counter()
         self._spans: dict[str, float] = {}
+        self.first_token_ms: float | None = None
 
     @contextmanager
     def span(self, stage: str) -> Iterator[None]:
@@ -27,6 +28,11 @@ class Timings:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
             self._spans[stage] = self._spans.get(stage, 0.0) + 1e3 * (time.perf_counter() - start)
+
+    def mark_token(self) -> None:
+        """Says that a token of the answer is there; the first one is remembered, in ms."""
+        if self.first_token_ms is None:
+            self.first_token_ms = 1e3 * (time.perf_counter() - self._started)
 
     def total(self) -> dict[str, float]:
         """All spans in the order they first ran, and ``total`` since creation, in ms."""

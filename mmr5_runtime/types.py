@@ -153,6 +153,9 @@ class RerankResult:
     mended, or kept from being written) or ``fallback`` (no answer could be read, ``order`` is the
     input order); of several prompts the worst.
 
+    ``timings_ms`` has the wall time by stage and ``total``; ``first_token_ms`` is the time from the
+    request to the first token of its answer, None when the model wrote none.
+
     ``exactness`` is the weakest guarantee of anything that took effect, against decoding the same
     request to its end without any reuse: ``bit_identical`` (same bits), ``permutation_identical``
     (same order), ``topk_identical`` (same first ``top_k``), ``token_identical`` (same tokens unless
@@ -171,6 +174,7 @@ class RerankResult:
     usage: Usage
     top_k: int | None = None
     timings_ms: Mapping[str, float] = field(default_factory=dict)
+    first_token_ms: float | None = None
     exactness: Exactness = "bit_identical"
     reasoning_end: ReasoningEnd = "closed"
     tokens_saved: int = 0

@@ -143,6 +143,7 @@ class WindowRun:
         """Yield the reasoning while it is decoded; returns the whole text."""
         decoder, reasoning, text = self._request.tokenizer.stream(), ReasoningStream(), []
         for token in decoding:
+            self._request.timings.mark_token()
             text.append(decoder.feed(token))
             if delta := reasoning.feed(text[-1]):
                 yield ReasoningDelta(delta)

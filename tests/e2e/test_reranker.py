@@ -51,6 +51,9 @@ def test_result_contract(reranker: Reranker) -> None:
     assert {*stages, "kv_load", "kv_save", "total"} == set(result.timings_ms)
     parts = [value for stage, value in result.timings_ms.items() if stage != "total"]
     assert sum(parts) <= result.timings_ms["total"]
+    before_decoding = sum(result.timings_ms[stage] for stage in ("preprocess", "vision", "prefill"))
+    assert result.first_token_ms is not None
+    assert before_decoding < result.first_token_ms < result.timings_ms["total"]
 
 
 def test_greedy_repeats(reranker: Reranker) -> None:
@@ -73,8 +76,28 @@ def test_one_page_runs_no_model(reranker: Reranker) -> None:
     result = reranker.rerank(QUESTION, _pages(1), max_new_tokens=5)
     assert (result.order, result.status, result.stop_reason) == ((0,), "ok", "single_page")
     assert result.usage.completion_tokens == result.cache.pages_encoded == 0
+    assert result.first_token_ms is None
     with pytest.raises(RequestError, match="reserved token"):
         reranker.rerank("what <|image_pad|>", _pages(1))
+
+
+def test_info_says_what_was_loaded(tiny_engine: Callable[[str], Path]) -> None:
+    with Reranker.load(tiny_engine("bf16"), "cpu", max_pixels=28 * 28 * 6) as dense:
+        info = dense.info
+        spec = dense._require_loaded().engine.spec.text
+    assert (info.profile, info.dtype, info.device) == ("mm-r5", "float32", "cpu")
+    assert info.max_pixels == 28 * 28 * 6 and len(bytes.fromhex(info.identity)) == 32
+    assert info.token_kv_bytes == 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 4
+    # Every weight matrix of the layers and the head, and nothing of the table of embeddings.
+    width, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    attention = spec.hidden_size * (width + 2 * kv) + width + 2 * kv + width * spec.hidden_size
+    layer = attention + 3 * spec.hidden_size * spec.intermediate_size
+    assert info.step_bytes == 4 * (spec.num_layers * layer + spec.vocab_size * spec.hidden_size)
+    with Reranker.load(tiny_engine("int4"), "cpu") as packed:
+        assert packed.info.step_bytes < info.step_bytes
+        assert packed.info.identity != info.identity
+    with pytest.raises(EngineError, match="closed"):
+        _ = dense.info
 
 
 @pytest.mark.parametrize("size", [(1, 1), (14, 792)])
