@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -139,13 +140,16 @@ TABLE: tuple[Row, ...] = (
 )
 
 
-def _candidates(format: Format | None, device_type: str, dtype: torch.dtype, n: int) -> list[Row]:
-    found = [
+@cache  # asked by every linear of every step
+def _candidates(
+    format: Format | None, device_type: str, dtype: torch.dtype, n: int
+) -> tuple[Row, ...]:
+    found = tuple(
         row
         for row in TABLE
         if (row.family, row.device_type, row.dtype) == (family(format), device_type, dtype)
         and n % row.rows_multiple == 0
-    ]
+    )
     if not found:
         raise ValueError(
             f"no kernel for {_name(format)} weights in {dtype} on {device_type}; compute in "
@@ -220,7 +224,9 @@ def run(prepared: Prepared, x: Tensor) -> Tensor:
     return y.view(*x.shape[:-1], prepared.n)
 
 
-def _until_any_m(format: Format | None, device_type: str, dtype: torch.dtype, n: int) -> list[Row]:
+def _until_any_m(
+    format: Format | None, device_type: str, dtype: torch.dtype, n: int
+) -> tuple[Row, ...]:
     """The rows that can be chosen for some M: nothing after the first one without a limit."""
     rows = _candidates(format, device_type, dtype, n)
     last = next(i for i, row in enumerate(rows) if row.max_m == _ANY_M)
