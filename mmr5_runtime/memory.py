@@ -60,6 +60,7 @@ class Memory:
 
     def clear(self) -> None:
         """Forget everything that was computed; counters and files of the disk tier stay."""
+        self.reader.forget()
         self.encoder.clear()
         self.segments.clear()
         self.relocatable.clear()

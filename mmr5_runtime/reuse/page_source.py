@@ -129,6 +129,11 @@ class PageReader:
         pdf_files: PdfFiles = {}
         return [self._open(page, index, pdf_files) for index, page in enumerate(pages)]
 
+    def forget(self) -> None:
+        """Forget which files were seen: the next request decodes its pages again."""
+        with self._lock:
+            self._known.clear()
+
     def _open(self, page: Page, index: int, pdf_files: PdfFiles) -> PageSource:
         with naming(page, index):
             content = read_page(page, self._max_image_pixels, pdf_files=pdf_files)
