@@ -1,30 +1,32 @@
 """Accuracy of mini engines on held-out MiniDocs lists.
 
 Every engine answers the same questions in the same random first-stage order, greedily. The first
-engine given is the reference for top-1 agreement. All orders are kept, so that any other metric
-can be computed from the JSON later.
+engine given is the reference for agreement. All orders are kept, so that any other metric can be
+computed from the JSON later.
 """
 
 from __future__ import annotations
 
-import platform
-import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mmr5_bench.metrics import bootstrap_interval, hit_at, recall_at, wilson_interval
+from mmr5_bench.evidence.document import Evidence, QualityRow, new_evidence
+from mmr5_bench.evidence.machine import describe_machine
+from mmr5_bench.evidence.quality import Judged, quality_of
 from mmr5_bench.minidocs.lists import RerankCase, held_out_cases
 from mmr5_bench.minidocs.pages import render_page
+from mmr5_bench.minidocs.vocabulary import KINDS
 from mmr5_runtime import Reranker, RerankResult
 from mmr5_runtime.artifact import read_manifest
 
-KS = (1, 3, 5)
+NOTE = "mini on synthetic held-out pages; says nothing about MM-R5"
+DOMAINS = (*KINDS, "any kind")
+"""What a question asks for: macro averages are over these."""
 
 
 def evaluate_engines(
@@ -35,14 +37,14 @@ def evaluate_engines(
     seed: int,
     dtype: str,
     jobs: int = 1,
-) -> dict[str, Any]:
-    """Run every engine on ``num_cases`` lists per size; returns the JSON document.
+) -> Evidence:
+    """Run every engine on ``num_cases`` lists per size; returns the document.
 
     ``jobs`` processes share the runs, one thread each: more threads do not speed mini up.
     """
     if num_cases < 1:
         raise ValueError(f"--cases {num_cases} measures nothing; ask for 1 or more")
-    origin = provenance()
+    document = new_evidence("Accuracy of mini on held-out lists", NOTE, describe_machine())
     quants = {engine: read_manifest(engine).quant_name for engine in engines}
     runs = [(size, engine) for size in list_sizes for engine in engines]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as executor:
@@ -51,21 +53,14 @@ def evaluate_engines(
             for size, engine in runs
         ]
         results = {run: future.result() for run, future in zip(runs, started, strict=True)}
-    rows = []
+    document["qualities"] = []
     for size, engine in runs:
-        row = {"engine": engine.name, "quant": quants[engine]}
         cases = held_out_cases(num_cases, size, seed)
-        reference = results[size, engines[0]]
-        rows.append({**row, **summarise(cases, results[size, engine], reference)})
-    return {
-        "kind": "minidocs-accuracy",
-        "note": "mini on synthetic held-out pages; says nothing about MM-R5",
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seed": seed,
-        "dtype": dtype,
-        "provenance": origin,
-        "rows": rows,
-    }
+        row = summarise(cases, results[size, engine], results[size, engines[0]])
+        row["subject"] = f"{engine.name} ({quants[engine]})"
+        row["axes"] = {"pages": size, "quant": quants[engine], "dtype": dtype, "seed": seed}
+        document["qualities"].append(row)
+    return document
 
 
 def run_engine(
@@ -81,62 +76,40 @@ def run_engine(
     return results
 
 
+def judge(case: RerankCase, result: RerankResult, reference: RerankResult | None = None) -> Judged:
+    """One answered list of MiniDocs; its domain is the kind of page that was asked for."""
+    return Judged(
+        order=result.order,
+        gold=case.gold,
+        status=result.status,
+        domain=DOMAINS[-1 if case.kind is None else case.kind],
+        reference=None if reference is None else reference.order,
+    )
+
+
 def summarise(
     cases: Sequence[RerankCase],
     results: Sequence[RerankResult],
     reference: Sequence[RerankResult],
-) -> dict[str, Any]:
+) -> QualityRow:
     """Metrics with 95 % intervals and the per-case record of one engine at one list size."""
-    pairs = list(zip(cases, results, strict=True))
-    metrics = {f"recall@{k}": _mean([recall_at(r.order, c.gold, k) for c, r in pairs]) for k in KS}
-    metrics["hit@1"] = _mean([hit_at(r.order, c.gold, 1) for c, r in pairs])
-    metrics["well_formed"] = _share([r.status == "ok" for _, r in pairs])
-    metrics["top1_agreement"] = _share(
-        [r.order[0] == other.order[0] for r, other in zip(results, reference, strict=True)]
-    )
+    answered = list(zip(cases, results, strict=True))
+    judged = [judge(c, r, other) for (c, r), other in zip(answered, reference, strict=True)]
     return {
-        "pages": len(cases[0].pages),
-        "cases": len(cases),
-        "metrics": metrics,
-        "records": [
-            {
-                "question": case.question,
-                "gold": case.gold,
-                "order": result.order,
-                "status": result.status,
-                "stop_reason": result.stop_reason,
-                "completion_tokens": result.usage.completion_tokens,
-            }
-            for case, result in pairs
-        ],
+        "subject": "",
+        "dataset": "MiniDocs, held out",
+        "axes": {},
+        "quality": quality_of(judged, DOMAINS),
+        "records": [_record(case, result) for case, result in answered],
     }
 
 
-def provenance() -> dict[str, str]:
-    """Where the numbers come from: versions, processor, and the commit of the checkout."""
-    try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=Path(__file__).parent,
-        ).stdout.strip()
-    except OSError:  # no git
-        commit = ""
+def _record(case: RerankCase, result: RerankResult) -> dict[str, Any]:
     return {
-        "commit": commit or "unknown",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "processor": platform.processor() or platform.machine(),
+        "question": case.question,
+        "gold": case.gold,
+        "order": result.order,
+        "status": result.status,
+        "stop_reason": result.stop_reason,
+        "completion_tokens": result.usage.completion_tokens,
     }
-
-
-def _mean(values: list[float]) -> dict[str, float]:
-    low, high = bootstrap_interval(values)
-    return {"value": sum(values) / len(values), "low": low, "high": high}
-
-
-def _share(flags: list[bool]) -> dict[str, float]:
-    low, high = wilson_interval(sum(flags), len(flags))
-    return {"value": sum(flags) / len(flags), "low": low, "high": high}

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from mmr5_bench.accuracy import provenance
+from mmr5_bench.provenance import provenance
 from mmr5_export import export
 from mmr5_export.options import ExportOptions
 from mmr5_export.pipeline import plan_export

@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 from statistics import median
 from typing import Any
 
-from mmr5_bench.accuracy import provenance
 from mmr5_bench.metrics import (
     bootstrap_interval,
     bootstrap_ratio_interval,
@@ -16,6 +15,7 @@ from mmr5_bench.metrics import (
 )
 from mmr5_bench.minidocs.lists import RerankCase
 from mmr5_bench.outcomes import Key, Outcome
+from mmr5_bench.provenance import provenance
 from mmr5_bench.quantization import LIST_SIZES, MAX_NEW_TOKENS, Contender, draw_case
 from mmr5_export.agreement import KS
 from mmr5_kernels.layout import GROUP_SIZE

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmr5_bench.accuracy import provenance
+from mmr5_bench.provenance import provenance
 from mmr5_bench.quantization import draw_case
 from mmr5_bench.reuse import DTYPE, LONG, Answers, Scale, code_sha256
 from mmr5_bench.reuse_cases import (

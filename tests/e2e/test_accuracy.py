@@ -40,12 +40,15 @@ def test_summary_by_hand() -> None:
         _result(1, 0, 2, 3, status="repaired"),
     ]
     reference = [results[0], results[0], results[2], results[2]]
-    metrics = summarise(cases, results, reference)["metrics"]
+    metrics = summarise(cases, results, reference)["quality"]
+    assert metrics.pop("cases") == 4
     assert metrics["recall@1"]["value"] == (1 + 0 + 0.5 + 0) / 4
     assert metrics["recall@3"]["value"] == (1 + 1 + 0.5 + 0) / 4
     assert metrics["recall@5"]["value"] == 1.0
-    assert metrics["hit@1"]["value"] == 0.5
-    assert metrics["well_formed"]["value"] == 0.5
+    # Of seven domains only one has lists; the others count as 0.
+    assert metrics["macro_recall@3"]["value"] == pytest.approx(2.5 / 4 / 7)
+    assert metrics["mrr"]["value"] == (1 + 1 / 2 + 1 + 1 / 4) / 4
+    assert [metrics[s]["value"] for s in ("ok", "repaired", "fallback")] == [0.5, 0.25, 0.25]
     assert metrics["top1_agreement"]["value"] == 0.75
     assert all(m["low"] <= m["value"] <= m["high"] for m in metrics.values())
 
@@ -58,11 +61,12 @@ def test_run_writes_every_order(
     options = ["--pages", "2", "--cases", "1", "--jobs", "1", "-o", str(output)]
     assert main(["accuracy", *engines, *options]) == 0
     document = json.loads(output.read_text())
-    assert [row["quant"] for row in document["rows"]] == ["bf16", "int4"]
-    assert all(sorted(row["records"][0]["order"]) == [0, 1] for row in document["rows"])
-    assert document["rows"][0]["metrics"]["top1_agreement"]["value"] == 1.0
+    rows = document["qualities"]
+    assert [row["axes"]["quant"] for row in rows] == ["bf16", "int4"]
+    assert all(sorted(row["records"][0]["order"]) == [0, 1] for row in rows)
+    assert rows[0]["quality"]["top1_agreement"]["value"] == 1.0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert printed["rows"][0]["records"] is None
+    assert printed["qualities"][0]["records"] is None
 
 
 def test_missing_engine_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,263 @@
+"""The evidence document: what was measured, on what, and how to read it back.
+
+Every measuring command ends in one JSON file of this form, and reports and comparisons start from
+it. ``pytest --benchmark-json`` writes pytest-benchmark's own form, in which the plugin keeps the
+same entries (``extra_info["mmr5"]``) and the machine (``machine_info["mmr5"]``); both are read.
+
+An *entry* is one way of serving some lists: who (``subject``), how (``axes``), which lists
+(``work``), and one wall time per list. Entries with equal ``work`` are about the same requests,
+list by list, and only those are ever compared.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Required, TypedDict
+
+from mmr5_bench.evidence.statistics import Interval, latency_summary
+
+KIND = "mmr5-evidence"
+SCHEMA = 1
+_WORK = re.compile(r"[0-9a-f]{16}")
+_SUMMARIES = ("latency_ms", "ttft_ms", "per_token_ms", "ratios")
+_NUMBERS = ("stages_ms", "tokens", "rates", "memory")
+
+
+class Entry(TypedDict, total=False):
+    """One way of serving some lists. Means are over the rounds; ``stages_ms`` adds up to the mean.
+
+    ``work`` has 16 hex digits over everything that decides what was asked: questions, pages, pixel
+    budget, prompts, and options that change what is computed. ``samples_ms`` has one wall time per
+    round; round i of entries with equal ``work`` is the same list. ``latency_ms`` is
+    :func:`~mmr5_bench.evidence.statistics.latency_summary` of it. ``quality`` has an Interval per
+    metric and ``cases``, their number. ``ratios`` has each statistic over that of the run's
+    baseline, paired by list, where there is one.
+    """
+
+    name: Required[str]
+    subject: Required[str]
+    axes: Required[dict[str, Any]]
+    work: Required[str]
+    samples_ms: Required[list[float]]
+    latency_ms: Required[dict[str, Interval]]
+    warmup: int
+    ttft_ms: dict[str, Interval]
+    per_token_ms: dict[str, Interval]
+    stages_ms: dict[str, float]
+    tokens: dict[str, float]
+    rates: dict[str, float]
+    memory: dict[str, int]
+    gpu: dict[str, Any] | None
+    quality: dict[str, Any]
+    ratios: dict[str, Interval]
+    note: str
+
+
+class QualityRow(TypedDict, total=False):
+    """How good the orders of ``subject`` are on ``dataset``, of a run that was not about time.
+
+    ``quality`` is as in :class:`Entry`; ``records`` has what each list gave.
+    """
+
+    subject: Required[str]
+    dataset: Required[str]
+    axes: Required[dict[str, Any]]
+    quality: Required[dict[str, Any]]
+    records: list[dict[str, Any]] | None
+
+
+class Skipped(TypedDict):
+    """Something that was asked for and not measured, or not to its end."""
+
+    subject: str
+    reason: str
+
+
+class Evidence(TypedDict, total=False):
+    """One run. ``title`` and ``note`` say what the figures are of and what they are not."""
+
+    kind: Required[str]
+    schema: Required[int]
+    title: Required[str]
+    note: Required[str]
+    created: Required[str]
+    machine: Required[dict[str, Any]]
+    provenance: Required[dict[str, Any]]
+    entries: Required[list[Entry]]
+    ceilings: dict[str, Any]
+    qualities: list[QualityRow]
+    skipped: list[Skipped]
+    kernels: list[dict[str, Any]]
+
+
+def new_evidence(title: str, note: str, machine: Mapping[str, Any]) -> Evidence:
+    """An empty document of now, by this checkout."""
+    from mmr5_bench.provenance import provenance
+
+    return {
+        "kind": KIND,
+        "schema": SCHEMA,
+        "title": title,
+        "note": note,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": dict(machine),
+        "provenance": provenance(),
+        "entries": [],
+        "skipped": [],
+    }
+
+
+def load_evidence(path: Path) -> Evidence:
+    """Reads one result file of either form; ValueError naming the file for anything else."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); name a result file") from error
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is no JSON ({error}); was the run that wrote it cut off?"
+        ) from error
+    if not isinstance(data, dict):
+        raise ValueError(
+            f"{path} holds no evidence; write it with mmr5-bench or pytest benchmarks/"
+        )
+    if "machine_info" in data and "benchmarks" in data:
+        data = _from_pytest(data, path)
+    if data.get("kind") != KIND:
+        raise ValueError(
+            f"{path} holds {data.get('kind', 'something')!r}, no {KIND}; write it with mmr5-bench "
+            "latency, peers or kernels, or with pytest benchmarks/ --benchmark-json"
+        )
+    if data.get("schema") != SCHEMA:
+        raise ValueError(
+            f"{path} has schema {data.get('schema')!r}, this mmr5-bench reads {SCHEMA}; measure "
+            "again, or read it with the version that wrote it"
+        )
+    for key, kind in (("title", str), ("note", str), ("created", str), ("machine", dict)):
+        if not isinstance(data.get(key), kind):
+            raise ValueError(f"{path} lacks {key!r}; measure again")
+    if not isinstance(data.get("provenance"), dict) or not isinstance(data.get("entries"), list):
+        raise ValueError(f"{path} lacks its provenance or entries; measure again")
+    try:
+        entries = [validate_entry(entry) for entry in data["entries"]]
+        for row in data.get("qualities", []):
+            _check_quality(row)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    evidence: Evidence = {**data, "entries": entries}  # type: ignore[typeddict-item]
+    return evidence
+
+
+def write_evidence(evidence: Evidence, path: Path) -> None:
+    """Writes the whole document or nothing; a reader never sees half of it."""
+    for entry in evidence["entries"]:
+        validate_entry(entry)
+    write_json(evidence, path)
+
+
+def write_json(document: Mapping[str, Any], path: Path) -> None:
+    """Writes JSON beside ``path`` and moves it there; ValueError for NaN, which JSON has not."""
+    text = json.dumps(document, separators=(",", ":"), allow_nan=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def validate_entry(entry: Any) -> Entry:
+    """``entry`` itself when it is a whole one; ValueError naming the field otherwise."""
+    if not isinstance(entry, dict):
+        raise ValueError("an entry is an object; measure again")
+    name = entry.get("name")
+    for key in ("name", "subject"):
+        if not isinstance(entry.get(key), str) or not entry[key]:
+            raise ValueError(f"entry {name!r} lacks its {key}; measure again")
+    if not isinstance(entry.get("axes"), dict):
+        raise ValueError(f"entry {name!r} lacks its axes; measure again")
+    if not isinstance(entry.get("work"), str) or not _WORK.fullmatch(entry["work"]):
+        raise ValueError(f"entry {name!r}: work {entry.get('work')!r} is not 16 hex digits")
+    samples = entry.get("samples_ms")
+    if not isinstance(samples, list) or not samples or not all(_is_number(s) for s in samples):
+        raise ValueError(f"entry {name!r}: samples_ms has to be a list of times in ms")
+    if min(samples) < 0:
+        raise ValueError(f"entry {name!r}: samples_ms has a time below zero")
+    if "latency_ms" not in entry:
+        raise ValueError(f"entry {name!r} lacks latency_ms; measure again")
+    for key in _SUMMARIES:
+        for statistic, interval in _mapping(entry, key).items():
+            if not _is_interval(interval):
+                raise ValueError(f"entry {name!r}: {key}.{statistic} is no value with low and high")
+    for key in _NUMBERS:
+        for field, number in _mapping(entry, key).items():
+            if not _is_number(number):
+                raise ValueError(f"entry {name!r}: {key}.{field} is no number")
+    _check_metrics(f"entry {name!r}", _mapping(entry, "quality"))
+    return entry  # type: ignore[return-value]
+
+
+def _check_quality(row: Any) -> None:
+    if not isinstance(row, dict) or not isinstance(row.get("subject"), str):
+        raise ValueError("a row of qualities lacks its subject; measure again")
+    if not isinstance(row.get("dataset"), str) or not isinstance(row.get("axes"), dict):
+        raise ValueError(f"quality of {row['subject']!r} lacks its dataset or axes; measure again")
+    _check_metrics(f"quality of {row['subject']!r}", row.get("quality"))
+
+
+def _check_metrics(what: str, metrics: Any) -> None:
+    if not isinstance(metrics, dict):
+        raise ValueError(f"{what}: the metrics are no object")
+    for metric, value in metrics.items():
+        if not (_is_number(value) if metric == "cases" else _is_interval(value)):
+            raise ValueError(f"{what}: quality.{metric} is no value with low and high")
+
+
+def entry_key(entry: Entry) -> tuple[str, str]:
+    """What names an entry inside one run, and pairs it with that of another."""
+    return entry["name"], entry["subject"]
+
+
+def _mapping(entry: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = entry.get(key, {})
+    if not isinstance(value, dict):
+        raise ValueError(f"entry {entry['name']!r}: {key} is no object")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_interval(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        _is_number(value.get(k)) for k in ("value", "low", "high")
+    )
+
+
+def _from_pytest(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The same document out of pytest-benchmark's; ValueError when the plugin was not there."""
+    ours, machine = data.get("mmr5"), data["machine_info"].get("mmr5")
+    if not isinstance(ours, dict) or not isinstance(machine, dict):
+        raise ValueError(
+            f"{path} is of pytest-benchmark without the mmr5 plugin; install the extra `bench` and "
+            "measure again"
+        )
+    found = [(b, b.get("extra_info", {}).get("mmr5")) for b in data["benchmarks"]]
+    return {**ours, "machine": machine, "entries": [_timed(b, e) for b, e in found if e]}
+
+
+def _timed(benchmark: Mapping[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
+    """With the times that pytest-benchmark took, which are the ones that count."""
+    samples: Sequence[float] = benchmark.get("stats", {}).get("data") or ()
+    if not samples:
+        return entry
+    samples_ms = [1e3 * seconds for seconds in samples]
+    return {**entry, "samples_ms": samples_ms, "latency_ms": latency_summary(samples_ms)}

@@ -1,0 +1,67 @@
+"""The most memory that was in use while something was measured."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+_STATUS = Path("/proc/self/status")
+
+
+@dataclass
+class PeakMemory:
+    """Peak of the process's resident memory, and of what torch allocated on a CUDA ``device``.
+
+    Resident memory is sampled, because the kernel's own high-water mark would count everything
+    since the process began; a peak shorter than ``every_s`` can be missed.
+    """
+
+    device: str = "cpu"
+    every_s: float = 0.05
+    _peak: int = 0
+    _over: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    def __enter__(self) -> PeakMemory:
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def bytes(self) -> dict[str, int]:
+        """``peak_rss_bytes`` where the system tells it, ``peak_gpu_bytes`` on a CUDA device."""
+        found = {"peak_rss_bytes": self._peak} if self._peak else {}
+        if torch.device(self.device).type == "cuda":
+            found["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(self.device)
+        return found
+
+    def _run(self) -> None:
+        while True:
+            self._peak = max(self._peak, resident_bytes())
+            if self._over.wait(self.every_s):
+                return
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process, 0 where the system does not tell."""
+    if not _STATUS.is_file():
+        return 0
+    for line in _STATUS.read_text(encoding="utf-8").splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) << 10
+    return 0
