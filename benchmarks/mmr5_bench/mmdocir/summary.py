@@ -1,0 +1,211 @@
+"""The figures of a run, and of two runs on the same lists, from their records alone.
+
+Recall, nDCG and MRR stand as micro and macro averages with intervals clustered by document, next
+to the first stage on the same lists and to what a perfect ranker could reach. The macro average of
+a part of the questions is divided by ten all the same, so it stands under another name
+(``macro_of_subset``) and is not to be quoted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mmr5_bench.evidence.statistics import Interval, latency_summary, share_interval
+from mmr5_bench.mmdocir.annotations import DOMAINS
+from mmr5_bench.mmdocir.bootstrap import Clusters
+from mmr5_bench.mmdocir.metrics import (
+    KS,
+    METRICS,
+    RECALLS,
+    SINGLE_DOCUMENT_DOMAIN,
+    ceiling_at,
+    macro,
+    micro,
+)
+from mmr5_bench.mmdocir.records import OUTCOMES, Record, ranked
+from mmr5_bench.mmdocir.results import check_comparable
+from mmr5_runtime.agreement import kendall_tau, top1
+
+Values = Mapping[str, Sequence[float]]
+"""One value per question, by metric."""
+Averages = dict[str, dict[str, Interval]]
+
+
+def summarise(
+    document: Mapping[str, Any], reference: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """All figures of a results document; with ``reference``, ``against`` it under that key.
+
+    ValueError when the two are not of the same lists, prompts and pixels.
+    """
+    records: list[Record] = document["records"]
+    domains = [record["domain"] for record in records]
+    clusters = Clusters([record["document"] for record in records], domains)
+    subset = len(records) != document["identity"]["data"]["questions"]
+    partial = subset or set(domains) != set(DOMAINS)
+    values, first = _values(records), _values([_unranked(record) for record in records])
+    measured = [record for record in records if record["status"] != "error"]
+    summary: dict[str, Any] = {
+        "questions": len(records),
+        "documents": len({record["document"] for record in records}),
+        "subset": partial,
+        "without_gold": sum(not record["gold"] for record in records),
+        **_averages(clusters, values, partial),
+        "domains": _domains(records, values),
+        "first_stage": _averages(clusters, first, partial),
+        "over_first_stage": _averages(clusters, _minus(values, first), partial),
+        "ceilings": _ceilings(records, domains),
+        "rates": {
+            status: share_interval([record["status"] == status for record in records])
+            for status in OUTCOMES
+        },
+        "errors": _errors(records),
+        "stop_reasons": _counted(str(record["stop_reason"]) for record in measured),
+        "exactness": _counted(str(record["exactness"]) for record in measured),
+        "interventions": sum(record["interventions"] for record in records),
+        "tokens": _tokens(measured),
+        "latency_ms": _latency(measured),
+    }
+    if reference is not None:
+        check_comparable(document, reference)
+        summary["against"] = _against(document, reference, clusters, partial)
+    return summary
+
+
+def _values(records: Sequence[Record]) -> Values:
+    return {name: [of(ranked(record)) for record in records] for name, of in METRICS.items()}
+
+
+def _unranked(record: Record) -> Record:
+    return {**record, "order": record["candidates"]}
+
+
+def _minus(values: Values, others: Values) -> Values:
+    return {
+        name: [a - b for a, b in zip(found, others[name], strict=True)]
+        for name, found in values.items()
+    }
+
+
+def _averages(clusters: Clusters, values: Values, partial: bool) -> dict[str, Any]:
+    """Micro and macro; the macro of a part of the benchmark under a name that says so."""
+
+    def each(average: Callable[[Sequence[float]], Interval]) -> dict[str, Interval]:
+        return {name: average(found) for name, found in values.items()}
+
+    over_ten = each(clusters.macro)
+    without = each(lambda found: clusters.macro(found, without=[SINGLE_DOCUMENT_DOMAIN]))
+    if partial:
+        return {"micro": each(clusters.micro), "macro": None, "macro_of_subset": over_ten}
+    return {"micro": each(clusters.micro), "macro": over_ten, "macro_without_news": without}
+
+
+def _domains(records: Sequence[Record], values: Values) -> list[dict[str, Any]]:
+    rows = []
+    for name in DOMAINS:
+        places = [index for index, record in enumerate(records) if record["domain"] == name]
+        row: dict[str, Any] = {
+            "domain": name,
+            "documents": len({records[index]["document"] for index in places}),
+            "questions": len(places),
+        }
+        for metric, found in values.items():
+            row[metric] = micro([found[index] for index in places]) if places else 0.0
+        rows.append(row)
+    return rows
+
+
+def _ceilings(records: Sequence[Record], domains: Sequence[str]) -> dict[str, Any]:
+    """recall@k of a perfect ranker, over whole documents and over the candidates."""
+    found: dict[str, Any] = {"document": {}, "candidates": {}}
+    for k in KS:
+        whole = [ceiling_at(record["gold"], k) for record in records]
+        listed = [ceiling_at(record["gold"], k, record["candidates"]) for record in records]
+        for name, values in (("document", whole), ("candidates", listed)):
+            found[name][f"recall@{k}"] = {"micro": micro(values), "macro": macro(values, domains)}
+    return found
+
+
+def _errors(records: Sequence[Record]) -> dict[str, Any]:
+    """How many of each type, and the message of the first of it."""
+    found: dict[str, Any] = {}
+    for record in records:
+        error = record["error"]
+        if error is not None:
+            example = {"question": record["question"], "message": error["message"]}
+            found.setdefault(error["type"], {"count": 0, "first": example})["count"] += 1
+    return found
+
+
+def _counted(names: Any) -> dict[str, int]:
+    return dict(Counter(names).most_common())
+
+
+def _tokens(measured: Sequence[Record]) -> dict[str, dict[str, float]]:
+    found = {}
+    for name in ("prompt", "image", "completion"):
+        counts = [record["tokens"][name] for record in measured if record["tokens"]]
+        if counts:
+            p95 = float(np.quantile(counts, 0.95))
+            found[name] = {"mean": micro(counts), "p95": p95, "max": float(max(counts))}
+    return found
+
+
+def _latency(measured: Sequence[Record]) -> dict[str, Any]:
+    """Over all questions, and under its number of pages those of each length of list.
+
+    A list of one page is not asked of the model and left out of ``all``.
+    """
+    by_length: dict[int, list[float]] = {}
+    for record in measured:
+        if record["ms"] is not None:
+            by_length.setdefault(len(record["candidates"]), []).append(record["ms"])
+    asked = [ms for length, found in by_length.items() if length > 1 for ms in found]
+    groups = [("all", asked), *((str(length), by_length[length]) for length in sorted(by_length))]
+    return {
+        name: {"questions": len(found), **latency_summary(found)} for name, found in groups if found
+    }
+
+
+def _against(
+    document: Mapping[str, Any], reference: Mapping[str, Any], clusters: Clusters, partial: bool
+) -> dict[str, Any]:
+    """Agreement and paired differences, document minus reference, question by question.
+
+    When a run ranked only its first ``top_k``, orders are compared as far as both go, and Kendall's
+    tau, which is of whole orders, is None.
+    """
+    records, others = document["records"], reference["records"]
+    limits = [one["options"]["top_k"] for one in (document, reference)]
+    depth = min((limit for limit in limits if limit is not None), default=None)
+    pairs = [(a["order"], b["order"]) for a, b in zip(records, others, strict=True)]
+    values, before = _values(records), _values(others)
+    differences = _minus(values, before)
+    return {
+        "reference": {key: reference[key] for key in ("note", "identity", "options", "run")},
+        "compared_places": depth,
+        "first_page": clusters.micro([float(top1(a, b)) for a, b in pairs]),
+        "order": clusters.micro([float(a[:depth] == b[:depth]) for a, b in pairs]),
+        "kendall_tau": (
+            clusters.micro([kendall_tau(a, b) for a, b in pairs]) if depth is None else None
+        ),
+        "same_text": clusters.micro(
+            [
+                float(a["text_sha256"] is not None and a["text_sha256"] == b["text_sha256"])
+                for a, b in zip(records, others, strict=True)
+            ]
+        ),
+        "differences": _averages(clusters, differences, partial),
+        "changed": {
+            name: {
+                "better": sum(value > 0 for value in differences[name]),
+                "worse": sum(value < 0 for value in differences[name]),
+            }
+            for name in RECALLS
+        },
+        "errors": [sum(r["status"] == "error" for r in one) for one in (records, others)],
+    }
