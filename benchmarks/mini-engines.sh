@@ -1,12 +1,19 @@
 #!/bin/sh
-# Exports mini in every way that the README compares, into folders named as below.
-# Usage: mini-engines.sh EXPORT_COMMAND FOLDER, or mini-engines.sh --names
+# Exports mini in the ways that the README compares, into folders named as below: all of them, or
+# those that are named. What is there already is kept.
+# Usage: mini-engines.sh EXPORT_COMMAND FOLDER [NAME...], or mini-engines.sh --names
 set -e
+command=$1 folder=$2
+if [ "$command" != --names ]; then
+  shift 2
+fi
 while read -r name options; do
-  if [ "$1" = --names ]; then
+  if [ "$command" = --names ]; then
     echo "$name"
-  elif [ ! -f "$2/$name/mmr5_engine.json" ]; then
-    "$1" --model mini --output "$2/$name" $options
+  elif [ ! -f "$folder/$name/mmr5_engine.json" ]; then
+    case " ${*:-$name} " in
+      *" $name "*) "$command" --model mini --output "$folder/$name" $options ;;
+    esac
   fi
 done <<END
 bf16 --quant bf16

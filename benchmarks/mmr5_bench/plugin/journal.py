@@ -1,0 +1,69 @@
+"""Finished entries, written down at once: what a run that is killed leaves behind.
+
+One line of JSON each. A run begins with a line that says what it is (``evidence`` without entries)
+and goes on with ``entry`` and ``skipped`` lines; runs follow each other in one file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmr5_bench.evidence.document import Evidence
+
+
+@dataclass(frozen=True)
+class Journal:
+    """Appends to ``path``, whose folder is made when it is needed."""
+
+    path: Path
+
+    def begin(self, head: Mapping[str, Any]) -> None:
+        """Starts a run; a line that an earlier one was killed in is ended first."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.is_file() and not self.path.read_bytes().endswith(b"\n"):
+            with self.path.open("ab") as file:
+                file.write(b"\n")
+        self.append({"evidence": head})
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Adds one line in one write."""
+        text = json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n"
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, text.encode())
+        finally:
+            os.close(descriptor)
+
+
+def evidence_from_journal(path: Path) -> Evidence:
+    """The last run of a journal that finished an entry, as evidence; a cut-off line is left out.
+
+    ``write_evidence`` makes a result file of it. ValueError when no run finished one.
+    """
+    from mmr5_bench.evidence.document import validate_entry
+
+    last: dict[str, Any] | None = None
+    run: dict[str, Any] | None = None
+    for line in path.read_bytes().splitlines():
+        try:
+            data = json.loads(line)
+        except ValueError:  # cut off by a kill
+            continue
+        if not isinstance(data, dict):
+            continue
+        if isinstance(head := data.get("evidence"), dict):
+            run = {**head, "entries": [], "skipped": []}
+        elif run is not None and "entry" in data:
+            run["entries"].append(validate_entry(data["entry"]))
+            last = run
+        elif run is not None and "skipped" in data:
+            run["skipped"].append(data["skipped"])
+    if last is None:
+        raise ValueError(f"{path} has no finished entry; measure again")
+    return last  # type: ignore[return-value]
