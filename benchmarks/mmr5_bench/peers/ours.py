@@ -1,0 +1,111 @@
+"""Engines of this project as contenders: decoding in full, and the way a user gets it.
+
+``plain`` writes what ``generate`` writes: no early stop, no mask, nothing kept between lists.
+``default`` is an engine as it is loaded without options; what it kept is dropped before every
+list, but keeping it is part of its time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mmr5_bench.peers.base import Answer, ListWork, Peer, Reading, Session, Setting
+from mmr5_bench.peers.prompts import PromptReader
+from mmr5_bench.random_engine import random_engine, reranker_of
+from mmr5_bench.random_weights.shapes import QUANTS, Quant
+from mmr5_runtime import Reranker
+from mmr5_runtime.loading import LoadedEngine, load_engine
+from mmr5_runtime.options import RerankKeywords
+from mmr5_runtime.reuse.config import CacheConfig
+
+Way = Literal["plain", "default"]
+
+
+@dataclass(frozen=True)
+class OursPeer(Peer):
+    """An engine of ``quant``, asked in one ``way``."""
+
+    quant: Quant
+    way: Way = "plain"
+
+    @property
+    def name(self) -> str:
+        return f"ours-{self.quant}" + ("" if self.way == "plain" else "-default")
+
+    def subject(self, setting: Setting) -> str:
+        return f"ours {self.quant} {self.way}"
+
+    def axes(self, setting: Setting) -> dict[str, Any]:
+        stop = "eos" if self.way == "plain" else "determined"
+        return {"quant": self.quant, "stop": stop}
+
+    def why_not(self, setting: Setting) -> str | None:
+        if setting.random is None:
+            if self.quant in setting.engines:
+                return None
+            return f"no {self.quant} engine was given; pass --engine {self.quant}=FOLDER"
+        if self.quant not in QUANTS:
+            return f"no random engine can be made in {self.quant}"
+        if self.way == "default":
+            return "random weights never write a list that could end early; plain is the same work"
+        return None
+
+    @contextmanager
+    def open(self, setting: Setting) -> Iterator[Session]:
+        """Loads the folder, or draws the random engine; raises as ``Reranker.load`` does."""
+        if setting.random is None:
+            loaded = _load(setting.engines[self.quant], setting)
+        else:
+            loaded = random_engine(setting.random, self.quant, setting.device, setting.dtype)
+        cache = CacheConfig.off() if self.way == "plain" else CacheConfig()
+        with reranker_of(loaded, cache) as reranker:
+            yield OursSession(reranker, PromptReader.from_loaded(loaded), self.way)
+
+
+class OursSession:
+    """An opened engine."""
+
+    def __init__(self, reranker: Reranker, reader: PromptReader, way: Way) -> None:
+        self._reranker, self._reader = reranker, reader
+        self._options = RerankKeywords(plan="single")
+        if way == "plain":
+            self._options |= {"stop": "eos", "constrain": False}
+        self._prompt_tokens = 0
+
+    def forget(self) -> None:
+        """Drop pages, keys and values, and answers."""
+        self._reranker.cache.clear()
+
+    def answer(self, work: ListWork) -> Answer:
+        """Reranks the pages from their bytes; raises as ``Reranker.rerank`` does."""
+        options: RerankKeywords = {**self._options, "max_new_tokens": work.max_new_tokens}
+        result = self._reranker.rerank(work.question, work.pages, **options)
+        self._prompt_tokens = result.usage.prompt_tokens
+        return Answer(
+            text=result.text,
+            order=result.order,
+            status=result.status,
+            tokens=result.usage.completion_tokens,
+            ttft_ms=result.first_token_ms,
+            stages_ms={name: ms for name, ms in result.timings_ms.items() if name != "total"},
+        )
+
+    def reading(self, work: ListWork, *, pixels: bool) -> Reading:
+        """Ids, grids and pixels by the engine's own tokenizer and settings."""
+        found = self._reader.reading(work, pixels=pixels)
+        return Reading(self._prompt_tokens, found.prompt_ids, found.grids, found.pixels)
+
+
+def _load(folder: Path, setting: Setting) -> LoadedEngine:
+    return load_engine(
+        folder,
+        device=setting.device,
+        dtype=setting.dtype,
+        min_pixels=None,
+        max_pixels=None,
+        check_hashes=False,
+    )

@@ -1,0 +1,269 @@
+"""A run of several contenders over the same lists, list by list, that keeps what it measured.
+
+Reasons for skipping -> contenders opened -> warm-up lists -> every list through all contenders, in
+a rotating order -> check of what was read -> journal and evidence file. Interleaving spreads what
+the machine does meanwhile over everybody; where the models do not fit side by side, ``sequential``
+opens one after the other and says so in the note.
+
+A contender that raises, or that read something else, is closed and listed as skipped with the
+reason and how far it came; what it did until then is kept, and the others go on.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from mmr5_bench.evidence.document import Evidence, Skipped, write_evidence
+from mmr5_bench.evidence.gpu import GpuSampler
+from mmr5_bench.evidence.memory import PeakMemory
+from mmr5_bench.peers.base import (
+    Answer,
+    ListWork,
+    Peer,
+    Session,
+    Setting,
+    WorkMismatchError,
+    check,
+)
+from mmr5_bench.peers.names import PEERS
+from mmr5_bench.peers.rounds import Round, Track, entries_of
+from mmr5_bench.peers.workloads import Workload
+
+# Making the document takes a bootstrap per figure; it may take this share of the run's time.
+_WRITING_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is run. ``seconds`` bounds the time after which no new list is begun.
+
+    Raises ValueError for no lists, a negative warm-up and a bound of nothing.
+    """
+
+    lists: int
+    warmup: int = 1
+    seconds: float | None = None
+    sequential: bool = False
+    baseline: str = PEERS[0]
+
+    def __post_init__(self) -> None:
+        if self.lists < 1:
+            raise ValueError(f"--lists {self.lists} measures nothing; ask for 1 or more")
+        if self.warmup < 0:
+            raise ValueError(f"--warmup {self.warmup} is no number of lists; pass 0 or more")
+        if self.seconds is not None and self.seconds <= 0:
+            raise ValueError(f"--seconds {self.seconds} ends before it begins; pass more than 0")
+
+
+@dataclass
+class Board:
+    """The run's state, and the two files it is kept in."""
+
+    evidence: Evidence
+    workloads: Sequence[Workload]
+    plan: Plan
+    output: Path
+    progress: Callable[[str], None]
+    tracks: list[Track] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    _written: float = 0.0
+    _cost: float = 0.0
+
+    @property
+    def journal(self) -> Path:
+        """One line of JSON per answered list, written before anything is made of it."""
+        return self.output.with_suffix(".jsonl")
+
+    def begin(self) -> None:
+        """Starts the journal anew."""
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        self.journal.write_text("", encoding="utf-8")
+
+    def skip(self, subject: str, reason: str) -> None:
+        """Lists something as not measured, or not to its end."""
+        self.skipped.append({"subject": subject, "reason": reason})
+        self.progress(f"skipped: {subject}: {reason}")
+
+    def keep(self, track: Track, workload: Workload, round: Round) -> None:
+        """Adds a round and writes it to the journal."""
+        line = {"subject": track.subject, "workload": workload.label, **round.to_json()}
+        with self.journal.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        track.rounds.setdefault(workload.label, []).append(round)
+
+    def write(self, *, now: bool = False) -> None:
+        """Replaces the evidence file after a list, unless that would take too much of the time."""
+        began = time.monotonic()
+        if not now and began - self._written < self._cost / _WRITING_SHARE:
+            return
+        entries = entries_of(self.tracks, self.workloads, self.plan.baseline)
+        self.evidence["entries"] = entries
+        self.evidence["skipped"] = list(self.skipped)
+        write_evidence(self.evidence, self.output)
+        self._written = time.monotonic()
+        self._cost = self._written - began
+
+
+class Contender:
+    """A peer that takes part: open until it fails or the run ends."""
+
+    def __init__(self, peer: Peer, track: Track, setting: Setting, board: Board) -> None:
+        self.peer, self.track = peer, track
+        self._setting, self._board = setting, board
+        self._stack = ExitStack()
+        self._session: Session | None = None
+        self._seen: set[str] = set()  # workloads whose pixels were compared
+
+    @property
+    def active(self) -> bool:
+        """Whether it still takes part."""
+        return self._session is not None
+
+    def open(self) -> None:
+        """Loads the peer; one that cannot be loaded is skipped."""
+        try:
+            self._session = self._stack.enter_context(self.peer.open(self._setting))
+        except Exception as error:
+            self._fail("cannot be opened", error)
+
+    def ask(self, workload: Workload, work: ListWork, index: int | None) -> None:
+        """Answers one list, timed; ``index`` None is a warm-up, which is checked but not kept."""
+        if self._session is None:
+            return
+        place = f"warm-up of {workload.label}" if index is None else f"list {index + 1}"
+        try:
+            self._session.forget()
+            ms, answer = _timed(self._session, work, torch.device(self._setting.device))
+            pixels = workload.label not in self._seen
+            reading = self._session.reading(work, pixels=pixels)
+            wanted = workload.reader.pixels(work) if pixels and reading.pixels else None
+            check(work, answer, reading, wanted)
+            self._seen.add(workload.label)
+        except Exception as error:
+            verb = "refused" if isinstance(error, WorkMismatchError) else "failed"
+            self._fail(f"{verb} at {place} after {self.track.count} lists", error)
+            return
+        if index is not None:
+            self._board.keep(self.track, workload, Round.of(index, work, ms, answer))
+
+    def close(self) -> None:
+        """Frees what the peer holds; an error of its own clean-up is listed, not raised."""
+        self._session = None
+        try:
+            self._stack.close()
+        except Exception as error:
+            self._board.skip(self.track.subject, f"did not close: {_line(error)}")
+        gc.collect()
+        if self._setting.on_gpu:
+            torch.cuda.empty_cache()
+
+    def _fail(self, what: str, error: Exception) -> None:
+        self._board.skip(self.track.subject, f"{what}: {_line(error)}")
+        self.close()
+
+
+def run_peers(
+    peers: Sequence[Peer],
+    setting: Setting,
+    workloads: Sequence[Workload],
+    plan: Plan,
+    evidence: Evidence,
+    output: Path,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Evidence:
+    """Runs ``peers`` over the lists of ``workloads`` and fills ``evidence``.
+
+    The document is written to ``output`` after lists, when one contender is done, at the end, and
+    when the run is interrupted or fails. ``progress`` is called with lines for people.
+    """
+    board = Board(evidence, workloads, plan, output, progress)
+    board.begin()
+    contenders = []
+    for peer in peers:
+        if reason := peer.why_not(setting):
+            board.skip(peer.subject(setting), reason)
+            continue
+        track = Track(peer, peer.subject(setting), peer.axes(setting), plan.warmup)
+        board.tracks.append(track)
+        contenders.append(Contender(peer, track, setting, board))
+    began = time.monotonic()
+    groups = [[one] for one in contenders] if plan.sequential else [contenders]
+    try:
+        for number, group in enumerate(groups, start=1):
+            # One after the other, each has its share of the time, and what others left of theirs.
+            share = None if plan.seconds is None else plan.seconds * number / len(groups)
+            _run_group(group, setting, board, None if share is None else began + share)
+    finally:
+        board.write(now=True)
+    return evidence
+
+
+def _run_group(
+    contenders: Sequence[Contender], setting: Setting, board: Board, until: float | None
+) -> None:
+    """Contenders that are open at the same time, from their opening to their end."""
+    plan = board.plan
+    try:
+        with GpuSampler(setting.device) as gpu, PeakMemory(setting.device) as memory:
+            for contender in contenders:
+                board.progress(f"opening {contender.track.subject}")
+                contender.open()
+            for workload in board.workloads:
+                for index in range(plan.warmup):
+                    work = workload.warmup(index)
+                    for contender in contenders:
+                        contender.ask(workload, work, None)
+            _ask_lists(contenders, board, until)
+        for contender in contenders:
+            contender.track.gpu = gpu.summary()
+            if plan.sequential:  # side by side nobody knows whose memory it is
+                contender.track.memory = memory.bytes()
+        board.write(now=True)
+    finally:
+        for contender in contenders:
+            contender.close()
+
+
+def _ask_lists(contenders: Sequence[Contender], board: Board, until: float | None) -> None:
+    for index in range(board.plan.lists):
+        for workload in board.workloads:
+            active = [contender for contender in contenders if contender.active]
+            if not active:
+                return
+            if until is not None and time.monotonic() >= until:
+                board.progress(f"time is over after {index} lists")
+                return
+            work = workload.list(index)
+            turn = index % len(active)
+            for contender in active[turn:] + active[:turn]:
+                contender.ask(workload, work, index)
+            board.write()
+        board.progress(f"{index + 1} of {board.plan.lists} lists")
+
+
+def _timed(session: Session, work: ListWork, device: torch.device) -> tuple[float, Answer]:
+    """Wall time of one answer in ms, the device idle at both ends."""
+    gc.collect(1)  # young garbage of one contender is not for the next to clear
+    _wait(device)
+    start = time.perf_counter()
+    answer = session.answer(work)
+    _wait(device)
+    return 1e3 * (time.perf_counter() - start), answer
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _line(error: Exception) -> str:
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
