@@ -1,6 +1,6 @@
 """Times reading and decoding at the true 7B shape: cold, from memory, segment by segment, drafted.
 
-    PYTHONPATH=.:kernels:tests python benchmarks/gpu/reuse_7b.py --out results
+    PYTHONPATH=.:kernels:export:benchmarks python benchmarks/gpu/reuse_7b.py --out results
 
 Weights are random and dense in bf16 (16.6 GB), pages are random pixels; nothing is downloaded. What
 is timed are the calls that a rerank makes. ``results/reuse-7b.json`` is written after every step,
@@ -11,7 +11,6 @@ so that a run which is cut off keeps what it had; ``--seconds`` ends it after th
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from helpers.synthetic7b import config_7b
+from mmr5_bench.evidence.document import write_json
+from mmr5_bench.random_weights.shapes import spec_of
+from mmr5_bench.random_weights.tensors import RandomTensors
 from mmr5_runtime.cursor import Cursor
 from mmr5_runtime.deadline import Deadline
 from mmr5_runtime.engine import Engine
@@ -38,7 +39,7 @@ from mmr5_runtime.reuse.relocate import PageSegment, Recompute, capture_pages, r
 from mmr5_runtime.reuse.relocate_store import RelocatableStore
 from mmr5_runtime.reuse.segments import SegmentStore
 from mmr5_runtime.rope import Grid
-from mmr5_runtime.spec import ModelSpec, tensor_shapes
+from mmr5_runtime.spec import ModelSpec
 from mmr5_runtime.timing import Timings
 
 HEAD_TOKENS, LABEL_TOKENS, TAIL_TOKENS, QUESTION_TOKENS = 330, 5, 40, 20
@@ -46,7 +47,7 @@ GRIDS: dict[int, Grid] = {616: (1, 44, 56), 1280: (1, 64, 80)}  # by tokens of a
 LISTS = (5, 10, 20)
 SHARES = (0.05, 0.15)
 KEPT_BYTES = 16 << 30  # nothing may be evicted: this is about time
-GREATEST_TOKEN = 900  # of the words, below every special token of both configs
+GREATEST_TOKEN = 900  # of the words, below every special token of both shapes
 
 
 @dataclass
@@ -90,36 +91,14 @@ class Bench:
 
     def add(self, what: str, **values: Any) -> None:
         self.rows.append({"what": what, **values})
-        self.path.write_text(json.dumps({**self.about, "rows": self.rows}, indent=1) + "\n")
+        write_json({**self.about, "rows": self.rows}, self.path)
         shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in values.items()}
         print(what, shown, flush=True)
 
 
-def tiny_config() -> dict[str, Any]:
-    """The 7B's config with everything that costs time made small."""
-    config = config_7b(layers=2, blocks=2)
-    config |= {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 2}
-    config |= {"num_key_value_heads": 1, "vocab_size": 1024, "max_position_embeddings": 8192}
-    config |= {"bos_token_id": 1001, "eos_token_id": 1002, "vision_start_token_id": 1003}
-    config |= {"vision_end_token_id": 1004, "vision_token_id": 1005, "image_token_id": 1006}
-    config |= {"video_token_id": 1007}
-    small = {"hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "out_hidden_size": 256}
-    return {**config, "vision_config": {**config["vision_config"], **small}}
-
-
 def random_model(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> Model:
-    """Norm weights and biases near one, everything else so that activations keep their size."""
-    shapes = tensor_shapes(spec)
-    generator = torch.Generator(device).manual_seed(7)
-
-    def get(name: str) -> Tensor:
-        shape = shapes[name]
-        drawn = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
-        if len(shape) == 1:
-            return drawn.mul_(0.1).add_(1)
-        return drawn.mul_(torch.Size(shape[1:]).numel() ** -0.5)
-
-    return Model.from_tensors(spec, get, dtype=dtype, device=device)
+    """Dense in ``dtype``, drawn on the device."""
+    return Model.from_tensors(spec, RandomTensors(spec, {}, device).get, {}, dtype, device)
 
 
 def words(count: int, seed: int) -> tuple[int, ...]:
@@ -326,7 +305,7 @@ def open_bench(out: Path, dry_run: bool) -> Bench:
     if not dry_run and not torch.cuda.is_available():
         raise RuntimeError("there is no CUDA device; run it where there is one, or with --dry-run")
     device = torch.device("cpu" if dry_run else "cuda")
-    spec = ModelSpec.from_hf_config(tiny_config() if dry_run else config_7b(layers=28, blocks=32))
+    spec = spec_of("tiny" if dry_run else "7b")
     model = random_model(spec, torch.float32 if dry_run else torch.bfloat16, device)
     name = "cpu" if dry_run else torch.cuda.get_device_name(device)
     about = {"device": name, "torch": torch.__version__, "dry_run": dry_run}
