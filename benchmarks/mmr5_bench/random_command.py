@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-CACHES = ("cold", "seen")
+CACHES = ("cold", "warm")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

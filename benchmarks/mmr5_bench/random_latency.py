@@ -3,7 +3,7 @@
 Data flow: shape and format -> random engine -> for every case (pages, tokens written, memory) a
 warm-up and some rounds -> an entry each, written as soon as it is there. Every round is another
 list of the workload that peers are given as well. ``cold`` keeps nothing from one request to the
-next; ``seen`` has met the pages of the list with another question, outside the clock, and remembers
+next; ``warm`` has met the pages of the list with another question, outside the clock, and remembers
 what a default engine remembers. The length of the answer is forced: random models never stop.
 """
 
@@ -42,7 +42,7 @@ from mmr5_runtime.loading import LoadedEngine
 from mmr5_runtime.reuse.config import CacheConfig
 from mmr5_runtime.types import RerankResult
 
-Cache = Literal["cold", "seen"]
+Cache = Literal["cold", "warm"]
 CACHES: tuple[Cache, ...] = get_args(Cache)
 OTHER_QUESTION = "Which page was shown before?"
 _OTHERS = 9000  # lists from here on warm up: none of their questions is asked again
@@ -184,7 +184,7 @@ def _measure_case(run: _Run, case: Case, seconds: float) -> None:
         with gpu, memory:
             while not seen or (len(seen) < options.rounds and time.perf_counter() < ends):
                 work = workload.list(len(seen))
-                if case.cache == "seen":
+                if case.cache == "warm":
                     reranker.rerank(OTHER_QUESTION, work.pages, max_new_tokens=1, plan="single")
                 seen.append(observe(partial(_ask, reranker, work, case), run.device))
                 digests.append(work.digest)

@@ -15,7 +15,7 @@ from mmr5_bench.random_latency import RandomOptions, measure_random
 from mmr5_bench.runbook.call import main
 
 SMALL = RandomOptions(
-    "tiny", "int4", "small", (2, 3), (4,), ("cold", "seen"), rounds=2, device="cpu"
+    "tiny", "int4", "small", (2, 3), (4,), ("cold", "warm"), rounds=2, device="cpu"
 )
 
 
@@ -25,7 +25,7 @@ def test_every_case_has_an_entry(tmp_path: Path) -> None:
     evidence = load_evidence(output)
     assert "random int4 weights" in evidence["title"] and "no trained model" in evidence["note"]
     found = [(e["axes"]["pages"], e["axes"]["cache"]) for e in evidence["entries"]]
-    assert found == [(2, "cold"), (2, "seen"), (3, "cold"), (3, "seen")]
+    assert found == [(2, "cold"), (2, "warm"), (3, "cold"), (3, "warm")]
     for entry in evidence["entries"]:
         assert len(entry["samples_ms"]) == 2 and entry["warmup"] == 1
         assert entry["tokens"]["completion"] == 4 and entry["tokens"]["decode_steps"] == 3
@@ -35,11 +35,11 @@ def test_every_case_has_an_entry(tmp_path: Path) -> None:
             entry["latency_ms"]["mean"]["value"]
         )
         assert entry["rates"]["bytes_per_step"] > 0 and entry["memory"]["stored_bytes"] > 0
-    cold, seen, *_ = evidence["entries"]
-    assert cold["work"] == seen["work"] != evidence["entries"][2]["work"]
+    cold, warm, *_ = evidence["entries"]
+    assert cold["work"] == warm["work"] != evidence["entries"][2]["work"]
     # Pages that were met are not encoded again, but read again behind another question.
-    assert cold["stages_ms"]["vision"] > 0 and "vision" not in seen["stages_ms"]
-    assert seen["tokens"]["remembered"] == 0
+    assert cold["stages_ms"]["vision"] > 0 and "vision" not in warm["stages_ms"]
+    assert warm["tokens"]["remembered"] == 0
 
 
 def test_lists_are_those_of_the_peers(tmp_path: Path) -> None:
@@ -60,13 +60,13 @@ def test_what_was_measured_before_an_interruption_is_kept(tmp_path: Path) -> Non
     output = tmp_path / "cut.json"
 
     def interrupt(line: str) -> None:
-        if "cache=seen" in line:
+        if "cache=warm" in line:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         measure_random(SMALL, output, say=interrupt)
     caches = [entry["axes"]["cache"] for entry in load_evidence(output)["entries"]]
-    assert caches == ["cold", "seen"]
+    assert caches == ["cold", "warm"]
 
 
 def test_ceilings_come_from_a_result_file(
@@ -92,7 +92,7 @@ def test_ceilings_come_from_a_result_file(
     ("changed", "message"),
     [
         ({"workload": "large"}, "workload 'large' is unknown"),
-        ({"caches": ("warm",)}, "cache 'warm' is unknown"),
+        ({"caches": ("hot",)}, "cache 'hot' is unknown"),
         ({"rounds": 0}, "at least 1"),
         ({"pages": (1,)}, "pages at least 2"),
     ],

@@ -168,7 +168,7 @@ class _Plan:
         rounds = "1" if self.dry_run else "10"
         options = ["--shape", self.shape, "--device", self.device, "--quant", quant]
         options += ["--workload", workload, "--pages", *shown, "--generated", *written]
-        options += ["--cache", "cold", "seen", "--rounds", rounds]
+        options += ["--cache", "cold", "warm", "--rounds", rounds]
         options += ["--ceilings", self.file(ENVIRONMENT), "-o", self.file(f"{name}.json")]
 
         def command(bound: float) -> list[str]:
