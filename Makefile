@@ -1,5 +1,6 @@
 # check: ruff and mypy · test: check and the CPU test suite · demo: export mini and rank the sample
-# pages · test-gpu: tests that need a CUDA device · bench: measurements.
+# pages · test-gpu: tests that need a CUDA device · bench*: measurements, each with its table ·
+# report: one HTML page of the timed ones · bench-gpu: what waits for a GPU.
 #
 # The environment lives in .venv and is made on first use; one made by hand is used as it is and
 # only completed. PY=<interpreter> runs test-gpu on an environment of your own instead.
@@ -10,6 +11,8 @@ MINI_ENGINE ?= build/mini-int4
 SAMPLES := mmr5_runtime/assets/samples
 RESULTS := benchmarks/results/mini-quantization.json
 REUSE_RESULTS := benchmarks/results/mini-reuse.json
+LATENCY_RESULTS := benchmarks/results/mini-latency.json
+PEERS_RESULTS := benchmarks/results/mini-peers.json
 MINI_ENGINES := $(shell benchmarks/mini-engines.sh --names)
 
 BIN := $(VENV)/bin
@@ -24,7 +27,8 @@ OWN_ENV := $(if $(filter $(BIN)/python,$(PY)),$(DEV))
 # package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: check test demo test-gpu bench bench-reuse
+.PHONY: check test demo test-gpu bench bench-engines bench-reuse bench-latency bench-peers \
+  report bench-gpu
 .DEFAULT_GOAL := test
 
 check: $(DEV)
@@ -52,6 +56,24 @@ bench-reuse: $(DEV)
 	test -d $(MINI_ENGINE) || $(BIN)/mmr5-export --model mini --quant int4 --output $(MINI_ENGINE)
 	$(BIN)/mmr5-bench reuse --engine $(MINI_ENGINE) -o $(REUSE_RESULTS)
 	$(BIN)/mmr5-bench readme $(REUSE_RESULTS) --readme docs/reuse.md
+
+bench-engines: $(DEV)
+	benchmarks/mini-engines.sh $(BIN)/mmr5-export build/mini bf16 int8 int4-gptq
+
+bench-latency: bench-engines
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=$(LATENCY_RESULTS)
+	$(BIN)/mmr5-bench readme $(LATENCY_RESULTS)
+
+bench-peers: bench-engines
+	$(BIN)/mmr5-bench peers --engine bf16=build/mini/bf16 --engine int8=build/mini/int8 \
+	  --engine int4=build/mini/int4-gptq -o $(PEERS_RESULTS)
+	$(BIN)/mmr5-bench readme $(PEERS_RESULTS)
+
+report: $(DEV)
+	$(BIN)/mmr5-bench report $(LATENCY_RESULTS) $(PEERS_RESULTS) -o build/report.html
+
+bench-gpu: $(OWN_ENV)
+	PY=$(PY) benchmarks/gpu/run.sh --out benchmarks/results/gpu
 
 $(BIN)/python:
 	@for python in $(PYTHON) python3 python3.11 python3.12 python3.13; do \

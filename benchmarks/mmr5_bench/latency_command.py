@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _pytest(arguments: list[str]) -> int:
     """What it prints goes to stderr: the last line on stdout is ours."""
-    suite = Path(__file__).with_name("any_cell.py")
+    suite = Path(__file__).parent / "plugin" / "any_cell.py"
     # No settings of the project that happens to lie around, and no bytecode or cache left in it.
     fixed = ["-c", os.devnull, f"--rootdir={Path.cwd()}", "-p", "no:cacheprovider", "-q"]
     command = [sys.executable, "-m", "pytest", *fixed, *arguments, str(suite)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -11,15 +11,9 @@ from mmr5_runtime.agreement import bootstrap_interval, recall_at, wilson_interva
 __all__ = [
     "bootstrap_interval",
     "bootstrap_ratio_interval",
-    "hit_at",
     "recall_at",
     "wilson_interval",
 ]
-
-
-def hit_at(order: Sequence[int], gold: Collection[int], k: int) -> float:
-    """1.0 when any gold page is among the first ``k`` of ``order``, else 0.0."""
-    return float(bool(set(order[:k]) & set(gold)))
 
 
 def bootstrap_ratio_interval(

@@ -3,30 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mmr5_bench.evidence.document import KIND, load_evidence
+from mmr5_bench.evidence.tables import evidence_table
 from mmr5_bench.reuse_tables import reuse_table
-
-COLUMNS = ("recall@1", "recall@3", "recall@5", "well_formed", "top1_agreement")
-TITLES = ("Recall@1", "Recall@3", "Recall@5", "Well-formed", "Top-1 = bf16")
-
-
-def accuracy_table(document: dict[str, Any]) -> str:
-    """Markdown table of an accuracy document, one row per engine and list size."""
-    head = ["Pages", "Engine", *TITLES]
-    lines = [" | ".join(head), " | ".join(["--:", ":--"] + ["--:"] * len(TITLES))]
-    for row in document["rows"]:
-        cells = [str(row["pages"]), row["quant"]]
-        cells += [_cell(row["metrics"][column]) for column in COLUMNS]
-        lines.append(" | ".join(cells))
-    table = "\n".join(f"| {line} |" for line in lines)
-    cases = document["rows"][0]["cases"]
-    return (
-        f"{table}\n\n{cases} held-out lists per row, greedy, {document['dtype']} arithmetic; "
-        f"95 % intervals in brackets; commit {document['provenance']['commit']}."
-    )
 
 
 def write_table(readme: Path, name: str, table: str) -> bool:
@@ -49,36 +32,37 @@ def load_document(path: Path) -> dict[str, Any]:
     """Read one result file; ValueError when it is none that a table can be made from."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        kind = document["kind"]
+        evidence = "machine_info" in document or document["kind"] == KIND
     except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is no result file; write it with mmr5-bench") from error
+    if evidence:
+        return dict(load_evidence(path))
+    if document["kind"] not in TABLES:
         raise ValueError(
-            f"{path} is no result file; write it with mmr5-bench accuracy, quantization, reuse"
-        ) from error
-    if kind not in TABLES:
-        raise ValueError(
-            f"{path} holds {kind}, which no table shows; pass one of {', '.join(TABLES)}"
+            f"{path} holds {document['kind']}, which no table shows; pass one of "
+            f"{', '.join((KIND, *TABLES))}"
         )
     return dict(document)
 
 
-def table_of(document: dict[str, Any]) -> tuple[str, str]:
-    """The name of the markers that a document's table belongs between, and the table."""
+def table_of(document: Mapping[str, Any], stem: str) -> tuple[str, str]:
+    """The name of the markers that a document's table belongs between, and the table.
+
+    Evidence belongs between markers called as its file, ``stem``.
+    """
+    if document["kind"] == KIND:
+        return stem, evidence_table(document)
     name, make = TABLES[document["kind"]]
     return name, make(document)
 
 
-def _quantization_table(document: dict[str, Any]) -> str:
+def _quantization_table(document: Mapping[str, Any]) -> str:
     from mmr5_bench.quantization_report import quantization_table  # torch only when it is needed
 
     return quantization_table(document)
 
 
-def _cell(metric: dict[str, float]) -> str:
-    return f"{metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]"
-
-
-TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
-    "minidocs-accuracy": ("mini-accuracy", accuracy_table),
+TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "minidocs-quantization": ("mini-quantization", _quantization_table),
     "mini-reuse": ("mini-reuse", reuse_table),
 }

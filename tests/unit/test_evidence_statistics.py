@@ -38,7 +38,9 @@ def test_the_interval_of_a_median_covers_it_as_often_as_it_says() -> None:
     rng = np.random.default_rng(1)
     covered = 0
     for seed in range(200):
-        drawn = latency_summary(rng.lognormal(0.0, 0.5, 40), resamples=400, seed=seed)["p50"]
+        drawn = latency_summary(rng.lognormal(0.0, 0.5, 40).tolist(), resamples=400, seed=seed)[
+            "p50"
+        ]
         covered += drawn["low"] <= 1.0 <= drawn["high"]
     assert 180 <= covered <= 200  # 95 % of 200, four standard errors to each side
 

@@ -4,20 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mmr5_bench.metrics import bootstrap_interval, bootstrap_ratio_interval, hit_at
-
-
-@pytest.mark.parametrize(
-    "order, gold, k, hit",
-    [
-        ((2, 0, 1), {2}, 1, 1.0),
-        ((2, 0, 1), {0}, 1, 0.0),
-        ((2, 0, 1), {0, 2}, 1, 1.0),
-        ((1, 0), {0, 1}, 5, 1.0),  # k beyond the list
-    ],
-)
-def test_hit(order: tuple[int, ...], gold: set[int], k: int, hit: float) -> None:
-    assert hit_at(order, gold, k) == hit
+from mmr5_bench.metrics import bootstrap_interval, bootstrap_ratio_interval
 
 
 def test_bootstrap_of_a_ratio_weighs_cases_by_their_size() -> None:

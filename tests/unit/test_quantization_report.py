@@ -122,7 +122,7 @@ def test_rows_begin_with_the_reference_and_pair_with_rtn() -> None:
 
 
 def test_the_table_shows_every_engine() -> None:
-    name, table = table_of(_document())
+    name, table = table_of(_document(), "any")
     assert name == "mini-quantization" and table == quantization_table(_document())
     lines = table.splitlines()
     assert len({line.count("|") for line in lines[:5]}) == 1

@@ -158,7 +158,7 @@ def test_every_part_has_its_table(tmp_path: Path) -> None:
     }
     path = tmp_path / "reuse.json"
     path.write_text(json.dumps(reuse_document("mini-int4", parts)))
-    name, table = table_of(load_document(path))
+    name, table = table_of(load_document(path), path.stem)
     assert name == "mini-reuse"
     for text in ("| 3 | no reuse", "| sliding |", "| draft | 1 of 1 |", "| think=off † |"):
         assert text in table
@@ -210,10 +210,10 @@ def test_lists_below_one_and_foreign_results_are_refused(engine: Path, tmp_path:
     with pytest.raises(ValueError, match="--lists 0 measures nothing"):
         run_parts(engine, tmp_path / "new.json", ["exact"], lists=0)
     taken = tmp_path / "taken.json"
-    taken.write_text(json.dumps({"kind": "minidocs-accuracy", "rows": []}))
+    taken.write_text(json.dumps({"kind": "minidocs-quantization", "rows": []}))
     with pytest.raises(ValueError, match="write to another file"):
         run_parts(engine, taken, ["exact"])
-    assert json.loads(taken.read_text())["kind"] == "minidocs-accuracy"
+    assert json.loads(taken.read_text())["kind"] == "minidocs-quantization"
 
 
 def test_dry_run_of_the_7b_timings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
