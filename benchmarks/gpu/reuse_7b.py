@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmr5_bench.evidence.document import write_json
+from mmr5_bench.files import write_json
 from mmr5_bench.random_weights.shapes import spec_of
 from mmr5_bench.random_weights.tensors import RandomTensors
 from mmr5_runtime.cursor import Cursor

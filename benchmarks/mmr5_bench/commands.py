@@ -59,7 +59,7 @@ def add_quantization(parser: argparse.ArgumentParser) -> None:
 
 
 def run_quantization(options: argparse.Namespace) -> int:
-    from mmr5_bench.evidence.document import write_json
+    from mmr5_bench.files import write_json
     from mmr5_bench.quantization import measure, open_contender
     from mmr5_bench.quantization_report import quantization_document
 

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """0 when every task was evaluated."""
-    from mmr5_bench.evidence.document import write_json
+    from mmr5_bench.files import write_json
     from mmr5_bench.mteb_reranker import EngineCrossEncoder
 
     tasks = [open_task(name, options) for name in options.task]

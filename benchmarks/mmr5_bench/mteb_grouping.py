@@ -9,15 +9,15 @@ its last page is there: only the pages of unfinished lists are held, wherever ba
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+
+from mmr5_bench.files import append_lines, read_lines
 
 Q = TypeVar("Q", bound=Hashable)
 P = TypeVar("P")
@@ -106,26 +106,13 @@ class KeptLists:
 
     def add(self, key: str, ranked: RankedList) -> None:
         """Adds one list; OSError when the disk takes only a part of it."""
-        line = json.dumps({"run": self.run, "key": key, **ranked.to_json()})
-        data = f"\n{line}\n".encode()  # a break first: it ends a line that a kill cut off
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            written = os.write(descriptor, data)
-        finally:
-            os.close(descriptor)
-        if written != len(data):
-            raise OSError(f"{self.path} took {written} of {len(data)} bytes; make room and go on")
+        append_lines(self.path, [{"run": self.run, "key": key, **ranked.to_json()}])
 
     def read(self) -> dict[str, RankedList]:
         """Every whole list of this run by its key; empty when there is no file yet."""
         found: dict[str, RankedList] = {}
-        for line in self.path.read_bytes().split(b"\n") if self.path.is_file() else ():
-            try:
-                data = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(data, Mapping) and data.get("run") == self.run:
+        for _, data in read_lines(self.path):
+            if data.get("run") == self.run:
                 found[data["key"]] = RankedList(
                     tuple(data["order"]), data["status"], data["stop_reason"], data["ms"]
                 )

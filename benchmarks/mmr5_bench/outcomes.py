@@ -6,13 +6,12 @@ at, and a line that was cut off is skipped when the file is read.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mmr5_bench.files import append_lines, read_lines
 from mmr5_runtime.types import Status, StopReason
 
 Key = tuple[int, str]
@@ -67,30 +66,13 @@ class OutcomeFile:
             {"run": self.run, "case": case, "engine": engine, **asdict(outcome)}
             for (case, engine), outcome in outcomes.items()
         ]
-        text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(descriptor, text.encode())
-        finally:
-            os.close(descriptor)
+        append_lines(self.path, lines)
 
     def read(self) -> dict[Key, Outcome]:
         """Every whole line of this run; empty when there is no file yet."""
-        if not self.path.is_file():
-            return {}
         found: dict[Key, Outcome] = {}
-        for line in self.path.read_bytes().splitlines():
-            try:
-                data = json.loads(line)
-            except ValueError:  # cut off by a kill
-                continue
-            if isinstance(data, dict) and data.pop("run", None) == self.run:
+        for _, data in read_lines(self.path):
+            if data.pop("run", None) == self.run:
                 key = data.pop("case"), data.pop("engine")
                 found[key] = Outcome.from_json(data)
         return found
-
-    def close_line(self) -> None:
-        """Ends a line that was cut off, so that the next one does not run into it."""
-        if self.path.is_file() and not self.path.read_bytes().endswith(b"\n"):
-            with self.path.open("ab") as file:
-                file.write(b"\n")

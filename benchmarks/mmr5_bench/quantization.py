@@ -124,7 +124,6 @@ def measure(
     contenders = list({engine.key: engine for engine in [reference, *engines]}.values())
     run = f"{reference.key} {seed} {dtype} {MAX_NEW_TOKENS} {LIST_SIZES}"
     store = OutcomeFile(journal, hashlib.sha256(run.encode()).hexdigest()[:16])
-    store.close_line()
     wanted = {(index, engine.key) for index in range(num_cases) for engine in contenders}
     found = store.read()
     progress(len(wanted & set(found)), len(wanted))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,6 +28,7 @@ from PIL import Image
 
 import mmr5_kernels
 import mmr5_runtime
+from mmr5_bench.files import append_lines, read_lines
 from mmr5_bench.minidocs.lists import PageKey, RerankCase, held_out_cases
 from mmr5_bench.minidocs.pages import render_page
 from mmr5_bench.quantization import draw_case, open_contender
@@ -93,24 +93,13 @@ class Journal:
     def add(self, work: str, answers: Sequence[Answers]) -> None:
         """Adds a line in one write, so that processes may share the file."""
         kept = [{name: asdict(record) for name, record in one.items()} for one in answers]
-        line = json.dumps({"run": self.run, "work": work, "answers": kept}, separators=(",", ":"))
-        # It starts with a line break: what a kill left of the line before then ends there.
-        data = f"\n{line}\n".encode()
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(descriptor, data)
-        finally:
-            os.close(descriptor)
+        append_lines(self.path, [{"run": self.run, "work": work, "answers": kept}])
 
     def read(self) -> dict[str, list[Answers]]:
         """Answers of every finished work."""
         found: dict[str, list[Answers]] = {}
-        for line in self.path.read_bytes().splitlines() if self.path.is_file() else ():
-            try:
-                data = json.loads(line)
-            except ValueError:  # an empty line, or cut off by a kill
-                continue
-            if isinstance(data, dict) and data.get("run") == self.run:
+        for _, data in read_lines(self.path):
+            if data.get("run") == self.run:
                 found[data["work"]] = [
                     {name: Record.from_json(record) for name, record in one.items()}
                     for one in data["answers"]

@@ -96,7 +96,8 @@ def test_an_interrupted_run_goes_on_and_can_be_widened(engines: Engines, tmp_pat
     options: dict[str, Any] = {"seed": SEED, "num_cases": 3}
     whole = measure(reference, [int4], tmp_path / "whole.jsonl", **options)
     assert len(whole) == 6
-    lines = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)
+    text = (tmp_path / "whole.jsonl").read_bytes()
+    lines = [line for line in text.splitlines(keepends=True) if line.strip()]
     part = tmp_path / "part.jsonl"
     part.write_bytes(b"".join(lines[:3]) + lines[3][:40])  # killed while writing case 1
     counts: list[tuple[int, int]] = []

@@ -15,13 +15,13 @@ from mmr5_bench.evidence.document import (
     new_evidence,
     validate_entry,
     write_evidence,
-    write_json,
 )
 from mmr5_bench.evidence.gpu import GpuSampler
 from mmr5_bench.evidence.machine import DECIDING, describe_machine, machine_differences
 from mmr5_bench.evidence.memory import PeakMemory
 from mmr5_bench.evidence.observe import entry_of, observation, observe, work_id
 from mmr5_bench.evidence.statistics import latency_summary
+from mmr5_bench.files import append_lines, read_json, read_lines, write_json, write_text
 from mmr5_runtime.loading import EngineInfo
 from mmr5_runtime.types import RerankResult, Usage
 
@@ -116,7 +116,7 @@ def test_a_broken_entry_is_named(change: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is no JSON"),
+        ("{", "is no JSON.*written to its end"),
         ("[]", "holds no evidence"),
         ('{"kind": "weather"}', "'weather', no mmr5-evidence"),
         ('{"kind": "mmr5-evidence", "schema": 2}', "schema 2"),
@@ -179,3 +179,21 @@ def test_memory_and_gpu_are_watched() -> None:
         held = bytearray(64 << 20)
     assert memory.bytes()["peak_rss_bytes"] > len(held)
     assert gpu.summary() is None and gpu.missing == "no CUDA device is measured"
+
+
+def test_a_journal_loses_only_what_was_cut(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "j.jsonl"
+    assert list(read_lines(path)) == []
+    append_lines(path, [{"a": "\u2028"}, {"a": 2}])
+    with path.open("ab") as file:
+        file.write(b'{"a": 3')
+    append_lines(path, [{"a": 4}])
+    assert [data["a"] for _, data in read_lines(path)] == ["\u2028", 2, 4]
+    with pytest.raises(ValueError):
+        append_lines(path, [{"a": float("nan")}])
+
+
+def test_reading_names_the_file_and_the_remedy(tmp_path: Path) -> None:
+    write_text("[" * 100_000, tmp_path / "deep.json")
+    with pytest.raises(ValueError, match="deep.json is no JSON.*try again"):
+        read_json(tmp_path / "deep.json", "try again")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mmr5_bench.evidence.document import load_evidence, write_json
+from mmr5_bench.evidence.document import load_evidence
+from mmr5_bench.files import write_json
 from mmr5_bench.peers.prompts import PromptReader
 from mmr5_bench.peers.workloads import Workload
 from mmr5_bench.random_latency import RandomOptions, measure_random

@@ -11,9 +11,7 @@ list by list, and only those are ever compared.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import Any, Required, TypedDict
 
 from mmr5_bench.evidence.statistics import Interval, latency_summary
+from mmr5_bench.files import read_json, write_json
 
 KIND = "mmr5-evidence"
 SCHEMA = 1
@@ -115,14 +114,7 @@ def new_evidence(title: str, note: str, machine: Mapping[str, Any]) -> Evidence:
 
 def load_evidence(path: Path) -> Evidence:
     """Reads one result file of either form; ValueError naming the file for anything else."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); name a result file") from error
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is no JSON ({error}); was the run that wrote it cut off?"
-        ) from error
+    data = read_json(path, "name a result file that was written to its end")
     if not isinstance(data, dict):
         raise ValueError(
             f"{path} holds no evidence; write it with mmr5-bench or pytest benchmarks/"
@@ -159,18 +151,6 @@ def write_evidence(evidence: Evidence, path: Path) -> None:
     for entry in evidence["entries"]:
         validate_entry(entry)
     write_json(evidence, path)
-
-
-def write_json(document: Mapping[str, Any], path: Path) -> None:
-    """Writes JSON beside ``path`` and moves it there; ValueError for NaN, which JSON has not."""
-    text = json.dumps(document, separators=(",", ":"), allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def validate_entry(entry: Any) -> Entry:

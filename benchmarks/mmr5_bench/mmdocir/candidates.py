@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmr5_bench.evidence.document import write_json
+from mmr5_bench.files import read_json, write_json
 from mmr5_bench.mmdocir.annotations import Annotations
 
 KIND = "mmdocir-candidates"
@@ -85,14 +85,7 @@ def load_candidates(path: Path, annotations: Annotations) -> Candidates:
     ValueError naming the file when it is no candidates file, was changed after it was frozen, is of
     another annotation file, or has a list with a page twice, outside of its document, or missing.
     """
-    try:
-        data = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ValueError(
-            f"{path} cannot be read ({error.strerror}); make it with `mmr5-bench mmdocir freeze`"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON ({error}); freeze the candidates again") from error
+    data = read_json(path, "make it with `mmr5-bench mmdocir freeze`")
     if not isinstance(data, dict) or data.get("kind") != KIND or data.get("schema") != SCHEMA:
         raise ValueError(
             f"{path} is no candidates file of schema {SCHEMA}; make one with `mmr5-bench mmdocir "

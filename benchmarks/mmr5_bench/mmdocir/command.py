@@ -134,7 +134,7 @@ def _freeze(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> int:
     import torch
 
-    from mmr5_bench.evidence.document import write_json
+    from mmr5_bench.files import write_json
     from mmr5_bench.mmdocir.results import check_alike, load_results, results_document
     from mmr5_bench.mmdocir.run import run as run_work
     from mmr5_bench.mmdocir.work import Options, open_work

@@ -6,13 +6,11 @@ and goes on from there when it is started again. Lines of other runs stay and ar
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, get_args
 
+from mmr5_bench.files import append_lines, read_lines
 from mmr5_bench.mmdocir.metrics import Ranked
 
 Outcome = Literal["ok", "repaired", "fallback", "error"]
@@ -105,16 +103,7 @@ class Journal:
 
     def add(self, record: Record) -> None:
         """Adds a line in one write; OSError when the disk takes only a part of it."""
-        line = json.dumps({"run": self.run, "record": record}, separators=(",", ":"))
-        # It starts with a line break: what a kill left of the line before then ends there.
-        data = f"\n{line}\n".encode()
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            written = os.write(descriptor, data)
-        finally:
-            os.close(descriptor)
-        if written != len(data):
-            raise OSError(f"{self.path} took {written} of {len(data)} bytes; make room and go on")
+        append_lines(self.path, [{"run": self.run, "record": record}])
 
     def read(self) -> dict[int, Record]:
         """Every record of this run by question; empty when there is no file yet.
@@ -122,13 +111,8 @@ class Journal:
         ValueError for a whole line of this run that holds no record: somebody changed it.
         """
         found: dict[int, Record] = {}
-        lines = self.path.read_bytes().split(b"\n") if self.path.is_file() else []
-        for number, line in enumerate(lines, start=1):
-            try:
-                data = json.loads(line)
-            except (ValueError, RecursionError):  # an empty line, or cut off by a kill
-                continue
-            if isinstance(data, Mapping) and data.get("run") == self.run:
+        for number, data in read_lines(self.path):
+            if data.get("run") == self.run:
                 try:
                     record = check_record(data.get("record"))
                 except ValueError as error:

@@ -6,13 +6,13 @@ question, ``summary`` the figures made from them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from mmr5_bench.files import read_json
 from mmr5_bench.mmdocir.annotations import DOMAINS
 from mmr5_bench.mmdocir.records import Record, check_record
 from mmr5_bench.mmdocir.work import Work
@@ -63,14 +63,7 @@ def note(identity: Mapping[str, Any]) -> str:
 
 def load_results(path: Path) -> dict[str, Any]:
     """Reads and checks a results file; ValueError naming it and the remedy."""
-    try:
-        data = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ValueError(
-            f"{path} cannot be read ({error.strerror}); name the output of `mmr5-bench mmdocir run`"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON ({error}); run the benchmark again") from error
+    data = read_json(path, "name the output of `mmr5-bench mmdocir run`")
     if not isinstance(data, dict) or data.get("kind") != KIND or data.get("schema") != SCHEMA:
         raise ValueError(
             f"{path} holds no results of schema {SCHEMA}; name the output of `mmr5-bench mmdocir "

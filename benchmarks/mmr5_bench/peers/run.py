@@ -12,7 +12,6 @@ reason and how far it came; what it did until then is kept, and the others go on
 from __future__ import annotations
 
 import gc
-import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -24,6 +23,7 @@ import torch
 from mmr5_bench.evidence.document import Evidence, Skipped, write_evidence
 from mmr5_bench.evidence.gpu import GpuSampler
 from mmr5_bench.evidence.memory import PeakMemory
+from mmr5_bench.files import append_lines
 from mmr5_bench.peers.base import (
     Answer,
     ListWork,
@@ -95,8 +95,7 @@ class Board:
     def keep(self, track: Track, workload: Workload, round: Round) -> None:
         """Adds a round and writes it to the journal."""
         line = {"subject": track.subject, "workload": workload.label, **round.to_json()}
-        with self.journal.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_lines(self.journal, [line])
         track.rounds.setdefault(workload.label, []).append(round)
 
     def write(self, *, now: bool = False) -> None:

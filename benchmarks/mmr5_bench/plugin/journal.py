@@ -6,12 +6,12 @@ and goes on with ``entry`` and ``skipped`` lines; runs follow each other in one 
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from mmr5_bench.files import append_lines, read_lines
 
 if TYPE_CHECKING:
     from mmr5_bench.evidence.document import Evidence
@@ -24,21 +24,12 @@ class Journal:
     path: Path
 
     def begin(self, head: Mapping[str, Any]) -> None:
-        """Starts a run; a line that an earlier one was killed in is ended first."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.is_file() and not self.path.read_bytes().endswith(b"\n"):
-            with self.path.open("ab") as file:
-                file.write(b"\n")
+        """Starts a run."""
         self.append({"evidence": head})
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Adds one line in one write."""
-        text = json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n"
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(descriptor, text.encode())
-        finally:
-            os.close(descriptor)
+        append_lines(self.path, [line])
 
 
 def evidence_from_journal(path: Path) -> Evidence:
@@ -50,13 +41,7 @@ def evidence_from_journal(path: Path) -> Evidence:
 
     last: dict[str, Any] | None = None
     run: dict[str, Any] | None = None
-    for line in path.read_bytes().splitlines():
-        try:
-            data = json.loads(line)
-        except ValueError:  # cut off by a kill
-            continue
-        if not isinstance(data, dict):
-            continue
+    for _, data in read_lines(path):
         if isinstance(head := data.get("evidence"), dict):
             run = {**head, "entries": [], "skipped": []}
         elif run is not None and "entry" in data:

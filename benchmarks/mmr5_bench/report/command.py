@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 
+from mmr5_bench.files import write_text
 from mmr5_bench.report.rules import EXAMPLES, Rule, parse_rule
 
 
@@ -78,13 +78,13 @@ def run_report(options: argparse.Namespace) -> int:
     baseline = source(options.baseline) if options.baseline else None
     material = gather([source(path) for path in options.files], baseline)
     written = {"html": options.output}
-    _write(options.output, render_page(material))
+    write_text(render_page(material), options.output)
     if options.markdown:
         written["markdown"] = options.markdown
-        _write(options.markdown, markdown_report(material))
+        write_text(markdown_report(material), options.markdown)
     if options.action_json:
         written["action_json"] = options.action_json
-        _write(options.action_json, json.dumps(action_results(material), indent=1) + "\n")
+        write_text(json.dumps(action_results(material), indent=1) + "\n", options.action_json)
     for path in written.values():
         print(f"{path}: {path.stat().st_size:,} bytes", file=sys.stderr)
     print(
@@ -105,14 +105,3 @@ def _rule(text: str) -> Rule:
         return parse_rule(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
-from mmr5_bench.evidence.document import write_json
+from mmr5_bench.files import write_json
 from mmr5_bench.runbook.bounded import Ending, last_lines
 from mmr5_bench.runbook.steps import Step
 

@@ -15,8 +15,8 @@ __all__ = ["add_arguments", "run"]
 
 def run(options: argparse.Namespace) -> int:
     """0, or an error when the export fails; the checkpoint and the engine are removed again."""
-    from mmr5_bench.evidence.document import write_json
     from mmr5_bench.export_cost import measure_export
+    from mmr5_bench.files import write_json
     from mmr5_bench.random_weights.checkpoint import random_checkpoint
     from mmr5_export.options import ExportOptions
 
