@@ -7,7 +7,7 @@ computed from the JSON later.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,7 +26,7 @@ from mmr5_runtime.artifact import read_manifest
 
 NOTE = "mini on synthetic held-out pages; says nothing about MM-R5"
 DOMAINS = (*KINDS, "any kind")
-"""What a question asks for: macro averages are over these."""
+"""What a question asks for: macro averages are over those of the lists."""
 
 
 def evaluate_engines(
@@ -37,29 +37,36 @@ def evaluate_engines(
     seed: int,
     dtype: str,
     jobs: int = 1,
+    keep: Callable[[Evidence], None] = lambda document: None,
 ) -> Evidence:
     """Run every engine on ``num_cases`` lists per size; returns the document.
 
-    ``jobs`` processes share the runs, one thread each: more threads do not speed mini up.
+    ``jobs`` processes share the runs, one thread each: more threads do not speed mini up. ``keep``
+    is shown the document after every engine and size, for what is lost when the run is stopped.
     """
     if num_cases < 1:
         raise ValueError(f"--cases {num_cases} measures nothing; ask for 1 or more")
     document = new_evidence("Accuracy of mini on held-out lists", NOTE, describe_machine())
     quants = {engine: read_manifest(engine).quant_name for engine in engines}
     runs = [(size, engine) for size in list_sizes for engine in engines]
+    document["qualities"] = []
+    references: dict[int, list[RerankResult]] = {}
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as executor:
         started = [
             executor.submit(run_engine, engine, size, num_cases, seed, dtype)
             for size, engine in runs
         ]
-        results = {run: future.result() for run, future in zip(runs, started, strict=True)}
-    document["qualities"] = []
-    for size, engine in runs:
-        cases = held_out_cases(num_cases, size, seed)
-        row = summarise(cases, results[size, engine], results[size, engines[0]])
-        row["subject"] = f"{engine.name} ({quants[engine]})"
-        row["axes"] = {"pages": size, "quant": quants[engine], "dtype": dtype, "seed": seed}
-        document["qualities"].append(row)
+        try:
+            for (size, engine), future in zip(runs, started, strict=True):
+                results = future.result()
+                reference = references.setdefault(size, results)
+                row = summarise(held_out_cases(num_cases, size, seed), results, reference)
+                row["subject"] = f"{engine.name} ({quants[engine]})"
+                row["axes"] = {"pages": size, "quant": quants[engine], "dtype": dtype, "seed": seed}
+                document["qualities"].append(row)
+                keep(document)
+        finally:  # after an error or Ctrl-C only what is running is waited for
+            executor.shutdown(cancel_futures=True)
     return document
 
 
@@ -99,7 +106,7 @@ def summarise(
         "subject": "",
         "dataset": "MiniDocs, held out",
         "axes": {},
-        "quality": quality_of(judged, DOMAINS),
+        "quality": quality_of(judged),
         "records": [_record(case, result) for case, result in answered],
     }
 

@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mmr5-bench: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("mmr5-bench: interrupted; what was measured is kept", file=sys.stderr)
+        print("mmr5-bench: interrupted", file=sys.stderr)
         return 130
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -35,8 +36,8 @@ def run_accuracy(options: argparse.Namespace) -> int:
         seed=options.seed,
         dtype=options.dtype,
         jobs=options.jobs,
+        keep=partial(write_evidence, path=options.output),
     )
-    write_evidence(document, options.output)
     _show(document, options.output.stem)
     _print({**document, "qualities": _without_records(document["qualities"])})
     return 0

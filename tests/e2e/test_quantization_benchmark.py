@@ -110,7 +110,8 @@ def test_an_interrupted_run_goes_on_and_can_be_widened(engines: Engines, tmp_pat
     vision = open_contender(engines("vision"))
     widened = measure(reference, [int4, vision], part, **options)
     assert part.read_bytes().startswith(before)
-    added = [json.loads(line) for line in part.read_bytes()[len(before) :].splitlines()]
+    rest = part.read_bytes()[len(before) :]
+    added = [json.loads(line) for line in rest.splitlines() if line]
     assert [line["engine"] for line in added] == [vision.key] * 3
     assert {key: widened[key] for key in whole} == whole
     assert measure(reference, [int4, vision], part, **options) == widened

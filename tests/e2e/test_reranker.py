@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -65,6 +66,22 @@ def test_greedy_repeats(reranker: Reranker) -> None:
     assert second.cache.replayed_tokens == first.usage.completion_tokens
     assert third.cache.replayed_tokens == 0  # decoded in another way, so decoded again
     assert third.usage.decode_steps == first.usage.decode_steps > second.usage.decode_steps
+
+
+def test_a_cleared_cache_has_seen_no_file(tiny_engine: Callable[[str], Path]) -> None:
+    files = []
+    for page in _pages(3):
+        file = io.BytesIO()
+        page.save(file, "PNG")
+        files.append(file.getvalue())
+    decoded = []
+    with Reranker.load(tiny_engine("bf16"), "cpu") as fresh:
+        for _ in range(2):
+            for _ in range(2):
+                result = fresh.rerank(QUESTION, files, max_new_tokens=1)
+                decoded.append(result.cache.pages_decoded)
+            fresh.cache.clear()
+    assert decoded == [3, 0, 3, 0]
 
 
 def test_max_new_tokens_stops(reranker: Reranker) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from mmr5_bench.evidence.document import (
 )
 from mmr5_bench.evidence.gpu import GpuSampler
 from mmr5_bench.evidence.machine import DECIDING, describe_machine, machine_differences
-from mmr5_bench.evidence.memory import PeakMemory
+from mmr5_bench.evidence.memory import PeakMemory, resident_bytes
 from mmr5_bench.evidence.observe import entry_of, observation, observe, work_id
-from mmr5_bench.evidence.statistics import latency_summary
+from mmr5_bench.evidence.statistics import STATISTICS, latency_summary
 from mmr5_bench.files import append_lines, read_json, read_lines, write_json, write_text
 from mmr5_runtime.loading import EngineInfo
 from mmr5_runtime.types import RerankResult, Usage
@@ -87,8 +88,15 @@ def test_nothing_decoded_has_no_rate() -> None:
 
 
 def test_observing_times_the_call() -> None:
-    seen = observe(_result)
-    assert seen.ms >= 0 and seen.result == _result() and seen.stages_ms["other"] == 0.0
+    def call() -> RerankResult:
+        time.sleep(0.09)
+        return _result()
+
+    seen = observe(call)
+    assert seen.ms >= 90 and seen.result == _result()
+    assert sum(seen.stages_ms.values()) == pytest.approx(seen.ms)
+    with pytest.raises(ValueError, match="80.0 ms in a request of 70.0 ms"):
+        observation(70.0, _result())
 
 
 @pytest.mark.parametrize(
@@ -101,7 +109,8 @@ def test_observing_times_the_call() -> None:
         ({"samples_ms": []}, "samples_ms"),
         ({"samples_ms": [1, "2"]}, "samples_ms"),
         ({"samples_ms": [-1.0]}, "below zero"),
-        ({"latency_ms": {"p50": 3}}, "latency_ms.p50"),
+        ({"latency_ms": {}}, "lacks latency_ms.p50"),
+        ({"latency_ms": dict.fromkeys(STATISTICS, 3)}, "latency_ms.p50"),
         ({"ttft_ms": [1]}, "ttft_ms"),
         ({"stages_ms": {"vision": "a"}}, "stages_ms.vision"),
         ({"quality": {"mrr": 0.5}}, "quality.mrr"),
@@ -122,6 +131,8 @@ def test_a_broken_entry_is_named(change: dict[str, Any], message: str) -> None:
         ('{"kind": "mmr5-evidence", "schema": 2}', "schema 2"),
         ('{"kind": "mmr5-evidence", "schema": 1}', "lacks 'title'"),
         ('{"machine_info": {}, "benchmarks": []}', "without the mmr5 plugin"),
+        ('{"machine_info": null, "benchmarks": []}', "without the mmr5 plugin"),
+        ('{"machine_info": {"mmr5": {}}, "mmr5": {}, "benchmarks": [3]}', "that is none"),
     ],
 )
 def test_a_broken_file_is_named(text: str, message: str, tmp_path: Path) -> None:
@@ -175,9 +186,17 @@ def test_ceilings_are_measured_or_missing_with_a_reason() -> None:
 
 
 def test_memory_and_gpu_are_watched() -> None:
+    before = resident_bytes()
     with PeakMemory() as memory, GpuSampler("cpu") as gpu:
-        held = bytearray(64 << 20)
-    assert memory.bytes()["peak_rss_bytes"] > len(held)
+        held = b"x" * (64 << 20)
+        time.sleep(0.2)
+    peak = memory.bytes()["peak_rss_bytes"]
+    assert before + len(held) // 2 < peak < before + 4 * len(held)
+    del held
+    with memory:  # again, and it goes on sampling
+        more = b"y" * (256 << 20)
+        time.sleep(0.2)
+    assert memory.bytes()["peak_rss_bytes"] > peak + len(more) // 4
     assert gpu.summary() is None and gpu.missing == "no CUDA device is measured"
 
 
@@ -197,3 +216,11 @@ def test_reading_names_the_file_and_the_remedy(tmp_path: Path) -> None:
     write_text("[" * 100_000, tmp_path / "deep.json")
     with pytest.raises(ValueError, match="deep.json is no JSON.*try again"):
         read_json(tmp_path / "deep.json", "try again")
+
+
+@pytest.mark.parametrize("key", ["qualities", "skipped", "kernels"])
+@pytest.mark.parametrize("value", [None, 3, [3]])
+def test_lists_are_lists_of_objects(key: str, value: Any, tmp_path: Path) -> None:
+    (tmp_path / "e.json").write_text(json.dumps({**_evidence(), key: value}))
+    with pytest.raises(ValueError, match=f"e.json.*{key}"):
+        load_evidence(tmp_path / "e.json")

@@ -31,6 +31,8 @@ def measure_ceilings(
     ``seconds``; ``dry_run`` measures sizes that say nothing.
     """
     where = torch.device(device)
+    if where.type not in _SIDE:
+        raise ValueError(f"no ceilings of device {device!r} are measured; pass cpu or cuda")
     nbytes = _TINY_BYTES if dry_run else _COPY_BYTES[where.type]
     side = _TINY_SIDE if dry_run else _SIDE[where.type]
     limit = 0.0 if dry_run else seconds

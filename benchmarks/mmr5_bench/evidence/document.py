@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Required, TypedDict
 
-from mmr5_bench.evidence.statistics import Interval, latency_summary
+from mmr5_bench.evidence.statistics import STATISTICS, Interval, latency_summary
 from mmr5_bench.files import read_json, write_json
 
 KIND = "mmr5-evidence"
@@ -119,7 +119,7 @@ def load_evidence(path: Path) -> Evidence:
         raise ValueError(
             f"{path} holds no evidence; write it with mmr5-bench or pytest benchmarks/"
         )
-    if "machine_info" in data and "benchmarks" in data:
+    if "machine_info" in data and isinstance(data.get("benchmarks"), list):
         data = _from_pytest(data, path)
     if data.get("kind") != KIND:
         raise ValueError(
@@ -138,7 +138,10 @@ def load_evidence(path: Path) -> Evidence:
         raise ValueError(f"{path} lacks its provenance or entries; measure again")
     try:
         entries = [validate_entry(entry) for entry in data["entries"]]
-        for row in data.get("qualities", []):
+        for key in ("qualities", "skipped", "kernels"):
+            if not all(isinstance(row, dict) for row in _list(data, key)):
+                raise ValueError(f"{key} has a row that is no object; measure again")
+        for row in _list(data, "qualities"):
             _check_quality(row)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -170,8 +173,8 @@ def validate_entry(entry: Any) -> Entry:
         raise ValueError(f"entry {name!r}: samples_ms has to be a list of times in ms")
     if min(samples) < 0:
         raise ValueError(f"entry {name!r}: samples_ms has a time below zero")
-    if "latency_ms" not in entry:
-        raise ValueError(f"entry {name!r} lacks latency_ms; measure again")
+    if missing := [key for key in STATISTICS if key not in _mapping(entry, "latency_ms")]:
+        raise ValueError(f"entry {name!r} lacks latency_ms.{missing[0]}; measure again")
     for key in _SUMMARIES:
         for statistic, interval in _mapping(entry, key).items():
             if not _is_interval(interval):
@@ -205,6 +208,13 @@ def entry_key(entry: Entry) -> tuple[str, str]:
     return entry["name"], entry["subject"]
 
 
+def _list(data: Mapping[str, Any], key: str) -> list[Any]:
+    value = data.get(key, [])
+    if not isinstance(value, list):
+        raise ValueError(f"{key} is no list; measure again")
+    return value
+
+
 def _mapping(entry: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     value = entry.get(key, {})
     if not isinstance(value, dict):
@@ -224,20 +234,28 @@ def _is_interval(value: Any) -> bool:
 
 def _from_pytest(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The same document out of pytest-benchmark's; ValueError when the plugin was not there."""
-    ours, machine = data.get("mmr5"), data["machine_info"].get("mmr5")
+    info, ours = data["machine_info"], data.get("mmr5")
+    machine = info.get("mmr5") if isinstance(info, dict) else None
     if not isinstance(ours, dict) or not isinstance(machine, dict):
         raise ValueError(
             f"{path} is of pytest-benchmark without the mmr5 plugin; install the extra `bench` and "
             "measure again"
         )
-    found = [(b, b.get("extra_info", {}).get("mmr5")) for b in data["benchmarks"]]
-    return {**ours, "machine": machine, "entries": [_timed(b, e) for b, e in found if e]}
+    entries = [_timed(benchmark, path) for benchmark in data["benchmarks"]]
+    return {**ours, "machine": machine, "entries": [entry for entry in entries if entry]}
 
 
-def _timed(benchmark: Mapping[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
-    """With the times that pytest-benchmark took, which are the ones that count."""
-    samples: Sequence[float] = benchmark.get("stats", {}).get("data") or ()
-    if not samples:
-        return entry
-    samples_ms = [1e3 * seconds for seconds in samples]
-    return {**entry, "samples_ms": samples_ms, "latency_ms": latency_summary(samples_ms)}
+def _timed(benchmark: Any, path: Path) -> Any:
+    """An entry with the times that pytest-benchmark took, which are the ones that count.
+
+    None for a benchmark of something else.
+    """
+    try:
+        entry = benchmark.get("extra_info", {}).get("mmr5")
+        samples: Sequence[float] = benchmark.get("stats", {}).get("data") or ()
+        if not entry or not samples:
+            return entry
+        samples_ms = [1e3 * seconds for seconds in samples]
+        return {**entry, "samples_ms": samples_ms, "latency_ms": latency_summary(samples_ms)}
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"{path} has a benchmark that is none ({error}); measure again") from error

@@ -52,6 +52,7 @@ class GpuSampler:
         except pynvml.NVMLError as error:
             self.missing = f"NVML: {error}"
             return self
+        self._over.clear()
         self._thread = threading.Thread(target=self._run, args=(pynvml, handle), daemon=True)
         self._thread.start()
         return self

@@ -29,6 +29,7 @@ class PeakMemory:
     def __enter__(self) -> PeakMemory:
         if torch.device(self.device).type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+        self._over.clear()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         return self

@@ -20,6 +20,8 @@ from mmr5_bench.evidence.statistics import latency_summary
 from mmr5_runtime.loading import EngineInfo
 from mmr5_runtime.types import RerankResult
 
+_CLOCK_MS = 0.1  # what reading two clocks may differ by
+
 
 @dataclass(frozen=True)
 class Observation:
@@ -53,9 +55,15 @@ def observe(call: Callable[[], RerankResult], device: str = "cpu") -> Observatio
 
 
 def observation(ms: float, result: RerankResult) -> Observation:
-    """What a request of ``ms`` that was timed elsewhere says of itself."""
+    """What a request of ``ms`` that was timed elsewhere says of itself.
+
+    ValueError when its stages take longer than all of it: then they were counted twice.
+    """
     stages = {name: value for name, value in result.timings_ms.items() if name != "total"}
-    stages["other"] = max(ms - sum(stages.values()), 0.0)
+    other = ms - sum(stages.values())
+    if other < -0.01 * ms - _CLOCK_MS:
+        raise ValueError(f"stages of {sum(stages.values()):.1f} ms in a request of {ms:.1f} ms")
+    stages["other"] = max(other, 0.0)
     return Observation(ms, result.first_token_ms, stages, result)
 
 
