@@ -68,9 +68,8 @@ def random_tensors(
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     if format is None:
-        tensors["weight"] = _repeated(torch.randn(_POOL, generator=generator) * 0.01, n, k).to(
-            torch.bfloat16
-        )
+        drawn = (torch.randn(_POOL, generator=generator) * 0.01).to(device, torch.bfloat16)
+        tensors["weight"] = _repeated(drawn, n, k)
     else:
         grid = (n, format.groups(k))
         size = {"int4": 8, "int8": 127, "fp8": 448}[format.weights]
@@ -78,11 +77,11 @@ def random_tensors(
         tensors["weight_scale"] = scale.to(SCALE_DTYPES[format.scale])
         if format.weights == "fp8":
             codes = (torch.randn(_POOL, generator=generator) * 100).clamp_(-size, size)
-            tensors["weight"] = _repeated(codes.to(torch.float8_e4m3fn), n, k)
+            tensors["weight"] = _repeated(codes.to(device, torch.float8_e4m3fn), n, k)
         else:
             low, high = (-8, 8) if format.weights == "int4" else (-127, 128)
             drawn = torch.randint(low, high, (_POOL,), generator=generator, dtype=torch.int8)
-            codes = _repeated(drawn, n, k)
+            codes = _repeated(drawn.to(device), n, k)
             four = format.weights == "int4"
             tensors |= {"weight_packed": pack_int4(codes)} if four else {"weight": codes}
         if not format.symmetric:

@@ -111,16 +111,16 @@ def run_kernels(
     tasks = list(_plan(options, shapes, linears, evidence))
     write_evidence(evidence, output)
     for done, task in enumerate(tasks, start=1):
-        share = budget.share(len(tasks) - done + 1)
         row = None
         try:
             if budget.left <= 0:
                 raise BudgetSpentError("the time of the whole run was over; give more seconds")
+            workload = task.make()  # drawing a weight takes longer than most rows
             row = measure(
-                task.make(),
+                workload,
                 ceilings,
                 Stopwatch(device),
-                share,
+                budget.share(len(tasks) - done + 1),
                 most_rounds=_TINY_ROUNDS if dry_run else MOST_ROUNDS,
             )
             evidence["kernels"].append(row)
@@ -157,7 +157,8 @@ _NOTE = (
     "measured matmul rate, both the best of before and after; share is floor_ms over ms and can "
     "exceed 1 where weights were cached or the machine was busier during those. Errors are "
     "relative to the plain reference: max_error to its largest output, rms_error by mean square; a "
-    "row that exceeds what is allowed is failed and not timed. The shape of attention is new "
+    "row that exceeds what is allowed is failed and not timed (a kernel called ..._reference is "
+    "that reference, so its error shows no more than that it is called rightly). The shape of attention is new "
     "tokens, all tokens, heads x dimension; its dense is the same torch kernel with keys repeated "
     "for every head."
 )
