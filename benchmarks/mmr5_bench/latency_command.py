@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -83,8 +84,13 @@ def _pytest(arguments: list[str]) -> int:
     # No settings of the project that happens to lie around, and no bytecode or cache left in it.
     fixed = ["-c", os.devnull, f"--rootdir={Path.cwd()}", "-p", "no:cacheprovider", "-q"]
     command = [sys.executable, "-m", "pytest", *fixed, *arguments, str(suite)]
-    with subprocess.Popen(command, stdout=sys.stderr) as process:
+    from mmr5_bench.runbook.bounded import terminations_interrupt
+
+    # In a session of its own it is told once, by us, whatever reached us; it writes what it has.
+    started = subprocess.Popen(command, stdout=sys.stderr, start_new_session=True)
+    with terminations_interrupt(), started as process:
         try:
             return process.wait()
-        except KeyboardInterrupt:  # it was told as well, and writes what it has
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)
             return process.wait()

@@ -24,7 +24,7 @@ def answer(order=(1, 0), seconds=0.0):
     now += seconds
     usage = Usage(9, 4, 3, pages=2, decode_steps=2)
     return RerankResult(
-        order, "ok", "eos", text="", reasoning="", usage=usage, timings_ms={"decode": 1.0}
+        order, "ok", "eos", text="", reasoning="", usage=usage, timings_ms={"decode": 0.01}
     )
 
 FIXED = dict(axes={"pages": 2, "quant": "own"}, work="0123456789abcdef")

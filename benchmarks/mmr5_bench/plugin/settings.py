@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -141,7 +142,10 @@ def read_settings(config: pytest.Config) -> Settings:
     reference: Path | None = get("mmr5_reference")
     if reference is not None and not is_engine(reference):
         raise pytest.UsageError(_absent("--mmr5-reference", reference))
-    json_path: Path | None = get("benchmark_json", None)
+    written = get("benchmark_json", None)
+    # Before 5.3 pytest-benchmark gives the opened file.
+    named = written is None or isinstance(written, str | os.PathLike)
+    json_path = (Path(written) if written else None) if named else Path(written.name)
     journal: Path | None = get("mmr5_journal")
     if journal is None and json_path is not None:
         journal = json_path.with_suffix(".jsonl")
