@@ -67,6 +67,7 @@ class ListWork:
     token, ``grids`` are (1, rows, columns) in patches of every page under ``budget``. At most
     ``max_new_tokens`` are written, the end token included, and with ``forced`` exactly as many.
     ``gold`` are the 0-based pages that answer the question, empty where nobody knows.
+    ``image_tokens`` of the prompt are visual ones.
     """
 
     question: str
@@ -75,6 +76,7 @@ class ListWork:
     grids: tuple[Grid, ...]
     budget: PixelBudget
     max_new_tokens: int
+    image_tokens: int
     forced: bool = False
     gold: tuple[int, ...] = ()
     domain: str = ""
@@ -151,7 +153,7 @@ class Peer(ABC):
 
     @abstractmethod
     def axes(self, setting: Setting) -> dict[str, Any]:
-        """``quant`` and ``stop`` of its entries."""
+        """``quant`` and ``stop`` of its entries, and ``dtype`` where it is not the setting's."""
 
     @abstractmethod
     def why_not(self, setting: Setting) -> str | None:

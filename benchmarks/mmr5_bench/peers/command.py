@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         required=True,
-        help="JSON to write; the .jsonl beside it has every answer",
+        help="JSON to write; every answer is added to the .jsonl beside it",
     )
 
 
@@ -91,8 +91,10 @@ def run(options: argparse.Namespace) -> int:
     from mmr5_bench.evidence.document import new_evidence
     from mmr5_bench.evidence.machine import describe_machine
     from mmr5_bench.peers.contenders import choose_peers
+    from mmr5_bench.peers.journal import journal_path
     from mmr5_bench.peers.run import Plan, run_peers
 
+    journal_path(options.output)  # refuses a name before anything is read
     if options.threads is not None:
         if options.threads < 1:
             raise ValueError(f"--threads {options.threads} is no number of threads; pass 1 or more")
@@ -112,12 +114,13 @@ def run(options: argparse.Namespace) -> int:
 
 
 def setting_of(options: argparse.Namespace) -> Setting:
-    """What peers are opened with; ValueError for an engine without a name or a folder."""
+    """What peers are opened with; ValueError for an engine that is not what it is given as."""
     from mmr5_bench.peers.base import Setting
+    from mmr5_bench.peers.checkpoints import check_engines
     from mmr5_export.source import locate
     from mmr5_runtime.loading import resolve_device
 
-    engines = {}
+    engines: dict[str, Path] = {}
     for given in options.engine:
         quant, equals, folder = given.partition("=")
         if not (quant and equals and folder):
@@ -130,9 +133,12 @@ def setting_of(options: argparse.Namespace) -> Setting:
     if options.random and engines:
         raise ValueError("--random makes its own engines; leave out --engine")
     device = resolve_device(options.device)
+    checkpoint = None if options.random else locate(options.checkpoint or MINI).folder
+    if checkpoint is not None:
+        check_engines(engines, checkpoint)
     gpu = device.type == "cuda"
     return Setting(
-        checkpoint=None if options.random else locate(options.checkpoint or MINI).folder,
+        checkpoint=checkpoint,
         engines=engines,
         random=options.random,
         device=str(device),
@@ -145,6 +151,7 @@ def setting_of(options: argparse.Namespace) -> Setting:
 
 def workloads_of(options: argparse.Namespace, setting: Setting) -> list[Workload]:
     """One workload per number of pages and forced length; ValueError for what does not fit."""
+    from mmr5_bench.peers.checkpoints import is_mini
     from mmr5_bench.peers.prompts import PromptReader
     from mmr5_bench.peers.workloads import Workload
 
@@ -152,8 +159,9 @@ def workloads_of(options: argparse.Namespace, setting: Setting) -> list[Workload
         reader = PromptReader.from_checkpoint(setting.checkpoint)
     else:
         reader = PromptReader.from_random(options.random)
-    name = options.workload or (MINI if _is_mini(options) else "mmdocir")
-    if name == MINI and not _is_mini(options):
+    mini = setting.checkpoint is not None and is_mini(setting.checkpoint)
+    name = options.workload or (MINI if mini else "mmdocir")
+    if name == MINI and not mini:
         raise ValueError(f"only mini answers the lists of --workload {MINI}; pass mmdocir")
     lengths: Sequence[int | None] = options.generated or (
         [None] if name == MINI else [30, 110, 300]
@@ -169,10 +177,12 @@ def describe(
     options: argparse.Namespace, setting: Setting, workloads: Sequence[Workload]
 ) -> tuple[str, str]:
     """Title and note of the document: what the figures are of, and what they are not."""
+    from mmr5_bench.peers.checkpoints import is_mini
+
     if setting.random is not None:
         title = f"Runtimes at the {setting.random} shape: random weights, forced length"
         what = "Random weights: time and memory are true to the shape, answers mean nothing."
-    elif _is_mini(options):
+    elif setting.checkpoint is not None and is_mini(setting.checkpoint):
         title = "Runtimes on mini"
         what = "Mini (4.5 M parameters) on synthetic pages: says nothing about MM-R5."
     else:
@@ -181,7 +191,7 @@ def describe(
     order = (
         "one contender after the other, each over all lists"
         if options.sequential
-        else "every list by all contenders before the next, in a rotating order"
+        else "every list by all contenders before the next, in a random order"
     )
     tokens = workloads[0].page_tokens
     cells = f" ({tokens:,} visual tokens a page)" if tokens else ""
@@ -198,7 +208,7 @@ def table_of(evidence: Evidence) -> str:
         p50 = entry["latency_ms"]["p50"]
         cells = [
             f"{entry['subject']:<40}",
-            f"{entry['name'][6:-1]:<44}",
+            f"{entry['name'][6:-1]:<58}",
             f"{len(entry['samples_ms']):>4} lists",
             f"p50 {p50['value']:9.1f} ms [{p50['low']:.1f}, {p50['high']:.1f}]",
             _compared(entry),
@@ -219,10 +229,6 @@ def _compared(entry: Entry) -> str:
         if metric in quality:
             parts.append(f"{metric} {quality[metric]['value']:.3f}")
     return "  ".join(parts)
-
-
-def _is_mini(options: argparse.Namespace) -> bool:
-    return not options.random and options.checkpoint in (None, MINI)
 
 
 def _say(line: str) -> None:

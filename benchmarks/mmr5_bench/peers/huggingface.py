@@ -151,8 +151,14 @@ class TransformersSession:
         self._inputs: Inputs | None = None
 
     def forget(self) -> None:
-        """Nothing is kept between calls of ``generate``."""
+        """Drop the inputs, and the length that a static cache is made no shorter than.
+
+        ``generate`` remembers the longest static cache of the model so as not to compile anew, and
+        a list would be decoded over that of a longer one. On a GPU a length that is new is compiled
+        for, so lists of one workload should be of one length there.
+        """
         self._inputs = None
+        self._model._previous_max_cache_length = -1
 
     def answer(self, work: ListWork) -> Answer:
         """Runs the pipeline; with a temperature every list is drawn from the setting's seed."""

@@ -43,7 +43,7 @@ class LlamaServerPeer(Peer):
         return "llama.cpp server"
 
     def axes(self, setting: Setting) -> dict[str, Any]:
-        return {"quant": "as served", "stop": "eos"}
+        return {"quant": "as served", "dtype": "as served", "stop": "eos"}
 
     def why_not(self, setting: Setting) -> str | None:
         url = setting.llama_server

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmr5_bench.peers.base import Answer, ListWork, Peer, Reading, Session, Setting
+from mmr5_bench.peers.checkpoints import check_name, rounding_of
 from mmr5_bench.peers.prompts import PromptReader
 from mmr5_bench.random_engine import random_engine, reranker_of
 from mmr5_bench.random_weights.shapes import QUANTS, Quant
@@ -21,6 +22,7 @@ from mmr5_runtime import Reranker
 from mmr5_runtime.loading import LoadedEngine, load_engine
 from mmr5_runtime.options import RerankKeywords
 from mmr5_runtime.reuse.config import CacheConfig
+from mmr5_runtime.types import EngineError
 
 Way = Literal["plain", "default"]
 
@@ -37,17 +39,32 @@ class OursPeer(Peer):
         return f"ours-{self.quant}" + ("" if self.way == "plain" else "-default")
 
     def subject(self, setting: Setting) -> str:
-        return f"ours {self.quant} {self.way}"
+        rounding = self._rounding(setting)
+        parts = [] if rounding.get("method", "none") == "none" else [rounding["method"]]
+        parts += [f"g{rounding['group']}"] if "group" in rounding else []
+        return " ".join(["ours", self.quant, *parts, self.way])
 
     def axes(self, setting: Setting) -> dict[str, Any]:
         stop = "eos" if self.way == "plain" else "determined"
-        return {"quant": self.quant, "stop": stop}
+        return {"quant": self.quant, "stop": stop, **self._rounding(setting)}
+
+    def _rounding(self, setting: Setting) -> dict[str, Any]:
+        """Nothing where there is no engine, which :meth:`why_not` says."""
+        folder = setting.engines.get(self.quant)
+        try:
+            return {} if folder is None else rounding_of(folder)
+        except EngineError:
+            return {}
 
     def why_not(self, setting: Setting) -> str | None:
         if setting.random is None:
-            if self.quant in setting.engines:
-                return None
-            return f"no {self.quant} engine was given; pass --engine {self.quant}=FOLDER"
+            if self.quant not in setting.engines:
+                return f"no {self.quant} engine was given; pass --engine {self.quant}=FOLDER"
+            try:
+                check_name(self.quant, setting.engines[self.quant])
+            except (EngineError, ValueError) as error:
+                return str(error)
+            return None
         if self.quant not in QUANTS:
             return f"no random engine can be made in {self.quant}"
         if self.way == "default":

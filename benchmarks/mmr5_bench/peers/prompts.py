@@ -92,6 +92,7 @@ class PromptReader:
             grids=grids,
             budget=self.budget,
             max_new_tokens=max_new_tokens,
+            image_tokens=sum(self._tokens(grids)),
             forced=forced,
             gold=tuple(gold),
             domain=domain,
@@ -108,9 +109,12 @@ class PromptReader:
         return hash_pixels(self._patched(page).pixel_values for page in work.pages)
 
     def _ids(self, question: str, grids: Sequence[Grid]) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(question, self._tokens(grids)))
+
+    def _tokens(self, grids: Sequence[Grid]) -> list[int]:
+        """Visual tokens of pages: a square of patches each."""
         unit = int(self.image_settings.get("merge_size", 2)) ** 2
-        counts = [rows * columns // unit for _, rows, columns in grids]
-        return tuple(self.tokenizer.encode(question, counts))
+        return [rows * columns // unit for _, rows, columns in grids]
 
     def _grid(self, page: bytes) -> Grid:
         width, height = open_page(page).size

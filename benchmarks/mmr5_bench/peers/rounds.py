@@ -1,17 +1,18 @@
 """What was measured of every contender, and the evidence document that is made of it.
 
-One :class:`Track` per contender holds its rounds by workload. A finished round goes to the journal
-beside the output at once; the document is made anew from all tracks and replaced as a whole.
+One :class:`Track` per contender holds its rounds by workload; the document is made anew from all
+tracks and replaced as a whole. Entries of the same lists have the same ``work``, however many of
+them were answered. Image decoding counts as ``load_pages`` here: our engines open a page there.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mmr5_bench.evidence.document import Entry, validate_entry
+from mmr5_bench.evidence.observe import work_id
 from mmr5_bench.evidence.quality import Judged, quality_of
 from mmr5_bench.evidence.statistics import (
     STATISTICS,
@@ -19,8 +20,11 @@ from mmr5_bench.evidence.statistics import (
     ratio_interval,
     share_interval,
 )
-from mmr5_bench.peers.base import Answer, ListWork, Peer
+from mmr5_bench.peers.base import Answer, ListWork, Peer, Setting
 from mmr5_bench.peers.workloads import Workload
+
+_STAGES = {"image_decode": "load_pages"}  # one stage where runtimes cut the same work differently
+_SLACK = 1.01  # what clocks that are read one after the other may differ by
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,10 @@ class Round:
 
     @classmethod
     def of(cls, index: int, work: ListWork, ms: float, answer: Answer) -> Round:
-        pads = sum(rows * columns for _, rows, columns in work.grids) // 4
-        about = (work.digest, work.gold, work.domain, len(work.prompt_ids), pads)
-        return cls(index, *about, ms, answer)
+        """ValueError when the stages of ``answer`` took more than ``ms``, the wall time."""
+        _rest(ms, answer.stages_ms)
+        tokens = (len(work.prompt_ids), work.image_tokens)
+        return cls(index, work.digest, work.gold, work.domain, *tokens, ms, answer)
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in the journal."""
@@ -49,15 +54,21 @@ class Round:
 
 @dataclass
 class Track:
-    """What one contender did: rounds by label of the workload."""
+    """What one contender did: rounds by label of the workload; ``dtype`` is that of the run."""
 
     peer: Peer
     subject: str
     axes: Mapping[str, Any]
+    dtype: str
     warmup: int
     rounds: dict[str, list[Round]] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     gpu: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, peer: Peer, setting: Setting, warmup: int) -> Track:
+        """Of a contender that has not answered yet."""
+        return cls(peer, peer.subject(setting), peer.axes(setting), setting.dtype, warmup)
 
     @property
     def count(self) -> int:
@@ -97,7 +108,7 @@ def _entry(
 ) -> Entry:
     samples = [one.ms for one in rounds]
     entry: dict[str, Any] = {
-        "name": f"peers[{workload.label}]",
+        "name": f"peers[{workload.label},dtype={track.dtype}]",
         "subject": track.subject,
         "axes": {
             "pages": workload.pages,
@@ -105,9 +116,10 @@ def _entry(
             "generated": "own" if workload.generated is None else workload.generated,
             "forced": workload.forced,
             "cache": "cold",
+            "dtype": track.dtype,
             **track.axes,
         },
-        "work": _work(rounds),
+        "work": _work(workload, rounds[0]),
         "samples_ms": samples,
         "warmup": track.warmup,
         "latency_ms": latency_summary(samples),
@@ -128,16 +140,42 @@ def _entry(
     return validate_entry({key: value for key, value in entry.items() if value not in ({}, None)})
 
 
-def _work(rounds: Sequence[Round]) -> str:
-    """Hash over the lists that were answered: equal for contenders that got equally far."""
-    return hashlib.sha256(" ".join(one.digest for one in rounds).encode()).hexdigest()[:16]
+def _work(workload: Workload, first: Round) -> str:
+    """Of the lists that are asked, which follow from these; how many were answered is not in it."""
+    budget = workload.reader.budget
+    return work_id(
+        workload.label,
+        workload.seed,
+        workload.forced,
+        (budget.min_pixels, budget.max_pixels),
+        workload.reader.tokenizer.template.profile,
+        (first.index, first.digest),
+    )
 
 
 def _stages(rounds: Sequence[Round]) -> dict[str, float]:
-    """Mean time per stage; ``other`` is what the stages leave of the wall time."""
-    names = dict.fromkeys(name for one in rounds for name in one.answer.stages_ms)
-    means = {name: _mean([r.answer.stages_ms.get(name, 0.0) for r in rounds]) for name in names}
-    return {**means, "other": max(_mean([one.ms for one in rounds]) - sum(means.values()), 0.0)}
+    """Mean time per stage; ``other`` is what the stages leave of the wall time.
+
+    ValueError when they add up to more than it.
+    """
+    sums: dict[str, float] = {}
+    for one in rounds:
+        for name, ms in one.answer.stages_ms.items():
+            name = _STAGES.get(name, name)
+            sums[name] = sums.get(name, 0.0) + ms
+    means = {name: ms / len(rounds) for name, ms in sums.items()}
+    return {**means, "other": _rest(_mean([one.ms for one in rounds]), means)}
+
+
+def _rest(ms: float, stages: Mapping[str, float]) -> float:
+    """What ``stages`` leave of ``ms``; ValueError when they take more, by over a hundredth."""
+    total = sum(stages.values())
+    if total > _SLACK * ms:
+        raise ValueError(
+            f"stages of {total:.3f} ms in a wall time of {ms:.3f} ms; a span counts another twice "
+            "or the device was not waited for: mend the contender's stages_ms"
+        )
+    return max(ms - total, 0.0)
 
 
 def _first_tokens(rounds: Sequence[Round]) -> dict[str, Any]:

@@ -1,9 +1,15 @@
 """A run of several contenders over the same lists, list by list, that keeps what it measured.
 
 Reasons for skipping -> contenders opened -> warm-up lists -> every list through all contenders, in
-a rotating order -> check of what was read -> journal and evidence file. Interleaving spreads what
-the machine does meanwhile over everybody; where the models do not fit side by side, ``sequential``
-opens one after the other and says so in the note.
+an order drawn anew for each -> check of what was read -> journal and evidence file. Interleaving
+spreads what the machine does meanwhile over everybody, and a drawn order what a contender leaves
+behind for the next. Where the models do not fit side by side, ``sequential`` opens one after the
+other and says so in the note.
+
+Memory and GPU are watched from the first warm-up list on. Of memory only what torch allocated on
+the GPU is reported, and only with ``sequential``: side by side nobody knows whose it is, and the
+resident memory of a process keeps what earlier contenders loaded. What the GPU did side by side is
+of all contenders together, and stands once in the note.
 
 A contender that raises, or that read something else, is closed and listed as skipped with the
 reason and how far it came; what it did until then is kept, and the others go on.
@@ -13,17 +19,18 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from mmr5_bench.evidence.document import Evidence, Skipped, write_evidence
 from mmr5_bench.evidence.gpu import GpuSampler
 from mmr5_bench.evidence.memory import PeakMemory
-from mmr5_bench.files import append_lines
 from mmr5_bench.peers.base import (
     Answer,
     ListWork,
@@ -33,6 +40,7 @@ from mmr5_bench.peers.base import (
     WorkMismatchError,
     check,
 )
+from mmr5_bench.peers.journal import Journal, journal_path
 from mmr5_bench.peers.names import PEERS
 from mmr5_bench.peers.rounds import Round, Track, entries_of
 from mmr5_bench.peers.workloads import Workload
@@ -72,20 +80,11 @@ class Board:
     plan: Plan
     output: Path
     progress: Callable[[str], None]
+    journal: Journal
     tracks: list[Track] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     _written: float = 0.0
     _cost: float = 0.0
-
-    @property
-    def journal(self) -> Path:
-        """One line of JSON per answered list, written before anything is made of it."""
-        return self.output.with_suffix(".jsonl")
-
-    def begin(self) -> None:
-        """Starts the journal anew."""
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        self.journal.write_text("", encoding="utf-8")
 
     def skip(self, subject: str, reason: str) -> None:
         """Lists something as not measured, or not to its end."""
@@ -93,20 +92,25 @@ class Board:
         self.progress(f"skipped: {subject}: {reason}")
 
     def keep(self, track: Track, workload: Workload, round: Round) -> None:
-        """Adds a round and writes it to the journal."""
-        line = {"subject": track.subject, "workload": workload.label, **round.to_json()}
-        append_lines(self.journal, [line])
+        """Writes a round to the journal, before anything is made of it, and adds it."""
+        self.journal.add(track.subject, workload.label, round)
         track.rounds.setdefault(workload.label, []).append(round)
 
     def write(self, *, now: bool = False) -> None:
-        """Replaces the evidence file after a list, unless that would take too much of the time."""
+        """Replaces the evidence file after a list, unless that would take too much of the time.
+
+        One that is there already is not replaced by one without entries.
+        """
         began = time.monotonic()
         if not now and began - self._written < self._cost / _WRITING_SHARE:
             return
         entries = entries_of(self.tracks, self.workloads, self.plan.baseline)
         self.evidence["entries"] = entries
         self.evidence["skipped"] = list(self.skipped)
-        write_evidence(self.evidence, self.output)
+        if entries or not self.output.exists():
+            write_evidence(self.evidence, self.output)
+        else:
+            self.progress(f"nothing was measured: {self.output} is left as it was")
         self._written = time.monotonic()
         self._cost = self._written - began
 
@@ -146,12 +150,13 @@ class Contender:
             wanted = workload.reader.pixels(work) if pixels and reading.pixels else None
             check(work, answer, reading, wanted)
             self._seen.add(workload.label)
+            round = None if index is None else Round.of(index, work, ms, answer)
         except Exception as error:
             verb = "refused" if isinstance(error, WorkMismatchError) else "failed"
             self._fail(f"{verb} at {place} after {self.track.count} lists", error)
             return
-        if index is not None:
-            self._board.keep(self.track, workload, Round.of(index, work, ms, answer))
+        if round is not None:
+            self._board.keep(self.track, workload, round)
 
     def close(self) -> None:
         """Frees what the peer holds; an error of its own clean-up is listed, not raised."""
@@ -181,16 +186,18 @@ def run_peers(
     """Runs ``peers`` over the lists of ``workloads`` and fills ``evidence``.
 
     The document is written to ``output`` after lists, when one contender is done, at the end, and
-    when the run is interrupted or fails. ``progress`` is called with lines for people.
+    when the run is interrupted or fails. ``progress`` is called with lines for people. Raises
+    ValueError for an ``output`` that is its own journal.
     """
-    board = Board(evidence, workloads, plan, output, progress)
-    board.begin()
+    head = {"created": evidence["created"], "title": evidence["title"], "note": evidence["note"]}
+    journal = Journal.begin(journal_path(output), head)
+    board = Board(evidence, workloads, plan, output, progress, journal)
     contenders = []
     for peer in peers:
         if reason := peer.why_not(setting):
             board.skip(peer.subject(setting), reason)
             continue
-        track = Track(peer, peer.subject(setting), peer.axes(setting), plan.warmup)
+        track = Track.of(peer, setting, plan.warmup)
         board.tracks.append(track)
         contenders.append(Contender(peer, track, setting, board))
     began = time.monotonic()
@@ -209,41 +216,65 @@ def _run_group(
     contenders: Sequence[Contender], setting: Setting, board: Board, until: float | None
 ) -> None:
     """Contenders that are open at the same time, from their opening to their end."""
-    plan = board.plan
     try:
-        with GpuSampler(setting.device) as gpu, PeakMemory(setting.device) as memory:
-            for contender in contenders:
-                board.progress(f"opening {contender.track.subject}")
-                contender.open()
+        for contender in contenders:
+            board.progress(f"opening {contender.track.subject}")
+            contender.open()
+        with _watched(contenders, setting, board):
             for workload in board.workloads:
-                for index in range(plan.warmup):
+                for index in range(board.plan.warmup):
                     work = workload.warmup(index)
                     for contender in contenders:
                         contender.ask(workload, work, None)
-            _ask_lists(contenders, board, until)
-        for contender in contenders:
-            contender.track.gpu = gpu.summary()
-            if plan.sequential:  # side by side nobody knows whose memory it is
-                contender.track.memory = memory.bytes()
+            _ask_lists(contenders, board, setting.seed, until)
         board.write(now=True)
     finally:
         for contender in contenders:
             contender.close()
 
 
-def _ask_lists(contenders: Sequence[Contender], board: Board, until: float | None) -> None:
+@contextmanager
+def _watched(contenders: Sequence[Contender], setting: Setting, board: Board) -> Iterator[None]:
+    """Notes what memory and GPU did meanwhile, also when the run is interrupted."""
+    gpu, memory = GpuSampler(setting.device), PeakMemory(setting.device)
+    try:
+        with gpu, memory:
+            yield
+    finally:
+        summary, peak = gpu.summary(), memory.bytes().get("peak_gpu_bytes")
+        if not board.plan.sequential:
+            if summary is not None:
+                board.evidence["note"] += f" GPU, all contenders together: {_said(summary)}."
+        else:
+            for contender in contenders:
+                contender.track.gpu = summary
+                contender.track.memory = {} if peak is None else {"peak_gpu_bytes": peak}
+
+
+def _said(summary: Mapping[str, Any]) -> str:
+    clock = summary["clock_mhz"]
+    throttled = f"throttled ({', '.join(summary['reasons'])})" if summary["throttled"] else ""
+    return f"{clock['min']:.0f} to {clock['max']:.0f} MHz, {throttled or 'not throttled'}"
+
+
+def turns(count: int, seed: int, index: int, position: int) -> list[int]:
+    """In which order ``count`` contenders answer list ``index`` of the workload at ``position``."""
+    return [int(i) for i in np.random.default_rng([seed, index, position]).permutation(count)]
+
+
+def _ask_lists(
+    contenders: Sequence[Contender], board: Board, seed: int, until: float | None
+) -> None:
     for index in range(board.plan.lists):
-        for workload in board.workloads:
-            active = [contender for contender in contenders if contender.active]
-            if not active:
+        for position, workload in enumerate(board.workloads):
+            if not any(contender.active for contender in contenders):
                 return
             if until is not None and time.monotonic() >= until:
                 board.progress(f"time is over after {index} lists")
                 return
             work = workload.list(index)
-            turn = index % len(active)
-            for contender in active[turn:] + active[:turn]:
-                contender.ask(workload, work, index)
+            for turn in turns(len(contenders), seed, index, position):
+                contenders[turn].ask(workload, work, index)
             board.write()
         board.progress(f"{index + 1} of {board.plan.lists} lists")
 

@@ -50,6 +50,8 @@ class VllmPeer(Peer):
             return "vLLM is not installed; pip install vllm in an environment of its own"
         if not (setting.on_gpu and torch.cuda.is_available()):
             return "vLLM is compared on a CUDA device only; pass --device cuda"
+        if setting.dtype != "bfloat16":
+            return f"vLLM is compared in bfloat16 only, not {setting.dtype}; pass --dtype bfloat16"
         if setting.random is not None:
             return "vLLM reads a checkpoint folder; pass --checkpoint instead of --random"
         if setting.checkpoint is None:
