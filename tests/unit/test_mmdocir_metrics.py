@@ -15,15 +15,16 @@ from helpers.reference_parser import reference_order
 from mmr5_bench.mmdocir.annotations import DOMAINS
 from mmr5_bench.mmdocir.candidates import order_of_scores
 from mmr5_bench.mmdocir.metrics import (
+    METRICS,
+    Ranked,
     by_domain,
     ceiling_at,
-    distinct,
     macro,
     micro,
-    ndcg_at,
+    needs_more,
     recall_at,
-    reciprocal_rank,
 )
+from mmr5_runtime.answer import parse_answer
 
 
 def _recalls(order: Sequence[int], gold: Sequence[int]) -> list[float]:
@@ -58,11 +59,13 @@ def test_d_ties_keep_the_lower_page_first() -> None:
 
 
 def test_e_a_repeated_page_wastes_a_slot() -> None:
-    order = reference_order("<answer>[3, 3, 1]</answer>", 3)
+    reply = "<answer>[3, 3, 1]</answer>"
+    order = reference_order(reply, 3)
     assert order == [2, 2, 0, 1]
     assert recall_at(order, [0, 2], 2) == 0.5
-    assert distinct(order) == (2, 0, 1)
-    assert recall_at(distinct(order), [0, 2], 2) == 1.0
+    ours = parse_answer(reply, 3)
+    assert (ours.order, ours.status) == ((2, 0, 1), "repaired")
+    assert recall_at(ours.order, [0, 2], 2) == 1.0
 
 
 def test_a_gold_page_listed_twice_counts_twice_below() -> None:
@@ -100,14 +103,31 @@ def test_one_question_weighs_what_its_domain_makes_it_weigh() -> None:
         assert round(macro(values, domains), 5) == weight
 
 
+def _metric(name: str, order: Sequence[int], gold: Sequence[int]) -> float:
+    return METRICS[name](Ranked(0, "News", tuple(order), tuple(gold)))
+
+
 def test_ndcg_and_reciprocal_rank() -> None:
-    assert ndcg_at([3, 1, 0], [1], 5) == pytest.approx(0.6309297535714575)  # 1 / log2(3)
-    assert ndcg_at([1, 0, 3], [1, 3], 5) == pytest.approx(1.5 / 1.6309297535714575)
-    assert ndcg_at([1, 3], [1, 3, 5, 6, 7, 8], 2) == 1.0
-    assert ndcg_at([1], [1, 3], 5) == pytest.approx(1 / 1.6309297535714575)  # 3 was lost before
-    assert ndcg_at([1], [], 5) == 0.0
-    assert reciprocal_rank([3, 1, 0], [0, 1]) == 0.5
-    assert reciprocal_rank([3], [0]) == reciprocal_rank([3], []) == 0.0
+    ideal = 1.6309297535714575  # 1 + 1 / log2(3)
+    assert _metric("ndcg@5", [3, 1, 0], [1]) == pytest.approx(ideal - 1)
+    assert _metric("ndcg@5", [1, 0, 3], [1, 3]) == pytest.approx(1.5 / ideal)
+    assert _metric("ndcg@5", [1, 3, 5, 6, 7], [1, 3, 5, 6, 7, 8]) == 1.0
+    assert _metric("ndcg@5", [1], [1, 3]) == pytest.approx(1 / ideal)  # 3 was lost before
+    assert _metric("ndcg@5", [1], [1, 1]) == 1.0  # a page cannot be found twice
+    assert _metric("mrr", [3, 1, 0], [0, 1]) == 0.5
+    assert _metric("mrr", [3], [0]) == 0.0
+    for name in METRICS:
+        assert _metric(name, [1], []) == 0.0
+
+
+def test_metrics_look_at_so_many_places() -> None:
+    def known(places: int | None) -> list[str]:
+        return [name for name in METRICS if not needs_more(name, places)]
+
+    assert known(None) == list(METRICS)
+    assert known(9) == ["recall@1", "recall@3", "recall@5", "ndcg@5"]
+    assert known(4) == ["recall@1", "recall@3"]
+    assert known(1) == ["recall@1"]
 
 
 def test_domains_are_those_of_the_official_table() -> None:

@@ -158,36 +158,42 @@ def _run(options: argparse.Namespace) -> int:
         ) from error
     document = results_document(work, records)
     write_json(document, options.output)  # whatever becomes of the summary
-    status = _finish(document, reference, options.evidence)
+    _summarise(document, reference)
     write_json(document, options.output)
-    return status
+    return _finish(document, options.evidence)
 
 
 def _summary(options: argparse.Namespace) -> int:
     from mmr5_bench.mmdocir.results import load_results
 
     against = load_results(options.against) if options.against else None
-    return _finish(load_results(options.results), against, options.evidence)
+    document = load_results(options.results)
+    _summarise(document, against)
+    return _finish(document, options.evidence)
 
 
-def _finish(
-    document: dict[str, Any], reference: dict[str, Any] | None, evidence: Path | None
-) -> int:
-    """Adds the summary, prints it, and writes the evidence; 1 when not a question was answered."""
-    from mmr5_bench.evidence.document import write_evidence
-    from mmr5_bench.mmdocir.evidence_entry import evidence_of
+def _summarise(document: dict[str, Any], reference: dict[str, Any] | None) -> None:
     from mmr5_bench.mmdocir.summary import summarise
-    from mmr5_bench.mmdocir.table import table_of
 
     document["summary"] = summarise(document, reference)
+
+
+def _finish(document: dict[str, Any], evidence: Path | None) -> int:
+    """Prints the summary, then writes the evidence; 1 when not a question was answered."""
+    from mmr5_bench.evidence.document import write_evidence
+    from mmr5_bench.mmdocir.evidence_entry import evidence_of
+    from mmr5_bench.mmdocir.table import table_of
+
     _say(table_of(document))
-    failed = all(record["status"] == "error" for record in document["records"])
-    if evidence is not None and not failed:
-        write_evidence(evidence_of(document), evidence)
-    print(json.dumps({**document, "records": None}))
-    if failed:
+    print(json.dumps({**document, "records": None}), flush=True)
+    if document["summary"]["failed"] == document["summary"]["questions"]:
         _say("not one question could be asked; see the errors above")
-    return int(failed)
+        if evidence is not None:
+            _say(f"{evidence} was not written: there is nothing to report")
+        return 1
+    if evidence is not None:
+        write_evidence(evidence_of(document), evidence)
+    return 0
 
 
 def _progress(done: int, total: int, record: Record | None) -> None:

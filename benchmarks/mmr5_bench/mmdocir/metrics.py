@@ -6,6 +6,9 @@ annotations have it. Restated from ``metric_eval.py`` of github.com/MMDocRAG/MMD
 * recall@k of a question is the share of its *list* of gold pages that is among the first k; 0
   without gold pages. ``mmr5_runtime.agreement.recall_at`` differs: it counts a gold page once and
   refuses a question without any.
+* ndcg@5 and mrr are those of ``mmr5_bench.evidence.quality``; 0 without gold pages. The official
+  nDCG takes the ideal of as many pages as were ranked, so that a gold page that the first stage
+  lost would cost nothing; here it costs.
 * micro is the mean over questions; macro the mean over the *ten* domains of the mean over each
   one's questions, where a domain without a question counts 0.
 
@@ -18,6 +21,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from mmr5_bench.evidence.quality import ndcg_at, reciprocal_rank
 from mmr5_bench.mmdocir.annotations import DOMAINS
 
 KS = (1, 3, 5)
@@ -34,11 +38,6 @@ class Ranked:
     gold: tuple[int, ...]
 
 
-def distinct(order: Iterable[int]) -> tuple[int, ...]:
-    """``order`` without the second and later places of a page, which would waste a slot."""
-    return tuple(dict.fromkeys(order))
-
-
 def recall_at(order: Sequence[int], gold: Sequence[int], k: int) -> float:
     """Share of ``gold`` among the first ``k`` of ``order``; its denominator is ``len(gold)``.
 
@@ -46,23 +45,6 @@ def recall_at(order: Sequence[int], gold: Sequence[int], k: int) -> float:
     """
     _check(k)
     return len(set(order[:k]) & set(gold)) / len(gold) if gold else 0.0
-
-
-def ndcg_at(order: Sequence[int], gold: Sequence[int], k: int) -> float:
-    """Gain 1 per gold page, discounted by log2(place + 1), over that of ``min(k, len(gold))``.
-
-    The official one, but for orders shorter than the document: there it takes the ideal of as many
-    pages as were ranked, and a gold page that the first stage lost would cost nothing.
-    """
-    _check(k)
-    gained = sum(_discount(place) for place, page in enumerate(order[:k]) if page in gold)
-    ideal = sum(_discount(place) for place in range(min(k, len(gold))))
-    return gained / ideal if ideal else 0.0
-
-
-def reciprocal_rank(order: Sequence[int], gold: Sequence[int]) -> float:
-    """One over the 1-based place of the first gold page; 0.0 when there is none."""
-    return next((1 / place for place, page in enumerate(order, start=1) if page in gold), 0.0)
 
 
 def ceiling_at(gold: Sequence[int], k: int, candidates: Iterable[int] | None = None) -> float:
@@ -76,10 +58,16 @@ METRICS: dict[str, Callable[[Ranked], float]] = {
     "recall@1": lambda ranked: recall_at(ranked.order, ranked.gold, 1),
     "recall@3": lambda ranked: recall_at(ranked.order, ranked.gold, 3),
     "recall@5": lambda ranked: recall_at(ranked.order, ranked.gold, 5),
-    "ndcg@5": lambda ranked: ndcg_at(ranked.order, ranked.gold, 5),
+    "ndcg@5": lambda ranked: ndcg_at(ranked.order, ranked.gold, 5) if ranked.gold else 0.0,
     "mrr": lambda ranked: reciprocal_rank(ranked.order, ranked.gold),
 }
 RECALLS = tuple(f"recall@{k}" for k in KS)
+_PLACES = {**{f"recall@{k}": k for k in KS}, "ndcg@5": 5}  # the first so many; mrr looks at all
+
+
+def needs_more(metric: str, places: int | None) -> bool:
+    """Whether ``metric`` looks beyond the first ``places`` of an order; None stands for all."""
+    return places is not None and _PLACES.get(metric, places + 1) > places
 
 
 def micro(values: Sequence[float]) -> float:
@@ -111,10 +99,6 @@ def macro(values: Sequence[float], domains: Sequence[str], *, without: Sequence[
     found = by_domain(values, domains)
     kept = [value for name, value in found.items() if name not in without]
     return math.fsum(kept) / len(kept)
-
-
-def _discount(place: int) -> float:
-    return 1 / math.log2(place + 2)
 
 
 def _check(k: int) -> None:

@@ -22,6 +22,7 @@ _KINDS: dict[str, Any] = {
     "domain": str,
     "error": dict | None,
     "interventions": int,
+    "warm": int,
     "tokens": dict | None,
     "ms": int | float | None,
     "first_token_ms": int | float | None,
@@ -37,6 +38,7 @@ class Record(TypedDict):
     ``order`` is that of the candidates, ``error`` has the type and message, and what was never
     measured is None. ``ms`` is the wall time of the request, decoding the image files and all of
     preprocessing included; reading them from the table is not. ``stages_ms`` adds up to it.
+    ``warm`` says whether the model had run in this process before.
     """
 
     question: int
@@ -50,6 +52,7 @@ class Record(TypedDict):
     error: dict[str, str] | None
     interventions: int
     exactness: str | None
+    warm: bool
     tokens: dict[str, int] | None
     ms: float | None
     first_token_ms: float | None
@@ -76,7 +79,7 @@ def check_record(data: Any) -> Record:
         if not isinstance(data[key], list) or not all(type(page) is int for page in data[key]):
             raise ValueError(f"its {key} is no list of pages")
     for key, kinds in _KINDS.items():
-        if not isinstance(data[key], kinds) or isinstance(data[key], bool):
+        if not isinstance(data[key], kinds) or isinstance(data[key], bool) != (key == "warm"):
             raise ValueError(f"its {key} is {data[key]!r}")
     for key in ("tokens", "stages_ms"):
         if not all(isinstance(value, int | float) for value in (data[key] or {}).values()):

@@ -19,7 +19,20 @@ from mmr5_bench.mmdocir.work import Work
 from mmr5_bench.provenance import provenance
 
 KIND = "mmdocir-results"
-SCHEMA = 1
+SCHEMA = 2
+MM_R5 = "i2vec/MM-R5"  # on the hub
+_NEEDED = {
+    "note": str,
+    "created": str,
+    "run": str,
+    "machine": dict,
+    "provenance": dict,
+    "identity": dict,
+    "options": dict,
+    "records": list,
+}
+_ENGINE = ("name", "quant", "method", "source", "dtype", "device")
+_OPTIONS = ("top_k", "cache", "stop", "think", "plan")
 
 # What has to be equal before two runs are compared: where it stands, what it is called, and why.
 _COMPARABLE = (
@@ -51,11 +64,16 @@ def results_document(work: Work, records: Sequence[Record]) -> dict[str, Any]:
 
 
 def note(identity: Mapping[str, Any]) -> str:
-    """What the figures are of, and what they are not."""
+    """What the figures are of, and what they are not.
+
+    Only the checkpoint's own name on the hub is taken for MM-R5; a folder may be called anything.
+    """
     source, data = identity["engine"]["source"], identity["data"]
     parts = [f"engine made from {source}"]
-    if "mm-r5" not in source.lower():
+    if source == "mini":
         parts.append("these are no figures of MM-R5")
+    elif source != MM_R5:
+        parts.append("whether that is MM-R5 was not checked")
     if not data["published"]:
         parts.append("not the published annotations: these are no figures of MMDocIR")
     return "; ".join(parts)
@@ -70,12 +88,25 @@ def load_results(path: Path) -> dict[str, Any]:
             "run` of this version"
         )
     try:
-        for names, _, _ in _COMPARABLE:
+        for key, kind in _NEEDED.items():
+            if not isinstance(data.get(key), kind):
+                raise ValueError(f"it lacks its {key}")
+        required = (
+            *(names for names, _, _ in _COMPARABLE),
+            ("data", "published"),
+            ("candidates", "first_stage"),
+            *(("engine", name) for name in _ENGINE),
+        )
+        for names in required:
             _at(data["identity"], names)
+        for name in _OPTIONS:
+            _at(data["options"], (name,))
         whole = int(data["identity"]["data"]["questions"])
-        top_k = data["options"]["top_k"]
+        top_k, k = data["options"]["top_k"], data["identity"]["candidates"]["k"]
         if top_k is not None and type(top_k) is not int:
             raise ValueError(f"its top_k is {top_k!r}")
+        if type(k) is not int:
+            raise ValueError(f"its number of candidates is {k!r}")
         records = [check_record(record) for record in data["records"]]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}); run the benchmark again") from error

@@ -74,9 +74,10 @@ def _records(
         images = table.read({document.first + page for pages in lists.values() for page in pages})
         for question in asked:
             if not warm:
-                _warm_up(work, reranker, question, _pages(document, lists[question.id], images))
-                warm = True
-            yield _record(work, reranker, question, lists[question.id], images, keep_text)
+                pages = _pages(document, lists[question.id], images)
+                warm = _warm_up(work, reranker, question, pages)
+            record = _record(work, reranker, question, lists[question.id], images, keep_text)
+            yield {**record, "warm": warm}
 
 
 def _pages(
@@ -86,14 +87,20 @@ def _pages(
     return [images[document.first + page] or b"" for page in pages]
 
 
-def _warm_up(work: Work, reranker: Reranker, question: Question, pages: list[Page]) -> None:
-    """What happens once in a process, such as choosing kernels, is no part of a question."""
+def _warm_up(work: Work, reranker: Reranker, question: Question, pages: list[Page]) -> bool:
+    """What happens once in a process, such as choosing kernels, is no part of a question.
+
+    Whether the model ran: it does not for a list that is refused, nor for one of a single page.
+    """
     try:
-        reranker.rerank(question.text, pages, plan=work.options.plan, max_new_tokens=WARM_UP_TOKENS)
+        result = reranker.rerank(
+            question.text, pages, plan=work.options.plan, max_new_tokens=WARM_UP_TOKENS
+        )
     except RequestError:
-        return  # it is recorded when the question is asked
+        return False  # it is recorded when the question is asked
     finally:
         reranker.cache.clear()
+    return result.usage.completion_tokens > 0
 
 
 def _record(
@@ -117,6 +124,7 @@ def _record(
         "error": None,
         "interventions": 0,
         "exactness": None,
+        "warm": False,
         "tokens": None,
         "ms": None,
         "first_token_ms": None,

@@ -3,7 +3,8 @@
 Recall, nDCG and MRR stand as micro and macro averages with intervals clustered by document, next
 to the first stage on the same lists and to what a perfect ranker could reach. The macro average of
 a part of the questions is divided by ten all the same, so it stands under another name
-(``macro_of_subset``) and is not to be quoted.
+(``macro_of_subset``) and is not to be quoted. What looks beyond the places that a run with
+``top_k`` ranked is None: the rest of such an order is that of the input.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from mmr5_bench.mmdocir.metrics import (
     ceiling_at,
     macro,
     micro,
+    needs_more,
 )
 from mmr5_bench.mmdocir.records import OUTCOMES, Record, ranked
 from mmr5_bench.mmdocir.results import check_comparable
 from mmr5_runtime.agreement import kendall_tau, top1
 
-Values = Mapping[str, Sequence[float]]
-"""One value per question, by metric."""
-Averages = dict[str, dict[str, Interval]]
+Values = Mapping[str, Sequence[float] | None]
+"""One value per question, by metric; None for a metric of more places than were ranked."""
 
 
 def summarise(
@@ -47,12 +48,17 @@ def summarise(
     clusters = Clusters([record["document"] for record in records], domains)
     subset = len(records) != document["identity"]["data"]["questions"]
     partial = subset or set(domains) != set(DOMAINS)
-    values, first = _values(records), _values([_unranked(record) for record in records])
+    places = _ranked_places(document)
+    values = _values(records, places)
+    first = _values([_unranked(record) for record in records], None)
     measured = [record for record in records if record["status"] != "error"]
     summary: dict[str, Any] = {
         "questions": len(records),
         "documents": len({record["document"] for record in records}),
         "subset": partial,
+        "failed": len(records) - len(measured),
+        "failed_note": failed_note(records),
+        "ranked_places": places,
         "without_gold": sum(not record["gold"] for record in records),
         **_averages(clusters, values, partial),
         "domains": _domains(records, values),
@@ -76,8 +82,28 @@ def summarise(
     return summary
 
 
-def _values(records: Sequence[Record]) -> Values:
-    return {name: [of(ranked(record)) for record in records] for name, of in METRICS.items()}
+def failed_note(records: Sequence[Record]) -> str:
+    """What questions without an answer do to the figures; empty when there is none."""
+    failed = sum(record["status"] == "error" for record in records)
+    if not failed:
+        return ""
+    return (
+        f"{failed} of {len(records)} questions could not be asked; they count with the first "
+        "stage's order"
+    )
+
+
+def _ranked_places(document: Mapping[str, Any]) -> int | None:
+    """How many places the run ranked; None for all of them."""
+    top_k: int | None = document["options"]["top_k"]
+    return top_k if top_k is not None and top_k < document["identity"]["candidates"]["k"] else None
+
+
+def _values(records: Sequence[Record], places: int | None) -> Values:
+    return {
+        name: None if needs_more(name, places) else [of(ranked(record)) for record in records]
+        for name, of in METRICS.items()
+    }
 
 
 def _unranked(record: Record) -> Record:
@@ -85,17 +111,21 @@ def _unranked(record: Record) -> Record:
 
 
 def _minus(values: Values, others: Values) -> Values:
-    return {
-        name: [a - b for a, b in zip(found, others[name], strict=True)]
-        for name, found in values.items()
-    }
+    found: dict[str, list[float] | None] = {}
+    for name in values:
+        left, right = values[name], others[name]
+        if left is None or right is None:
+            found[name] = None
+        else:
+            found[name] = [a - b for a, b in zip(left, right, strict=True)]
+    return found
 
 
 def _averages(clusters: Clusters, values: Values, partial: bool) -> dict[str, Any]:
     """Micro and macro; the macro of a part of the benchmark under a name that says so."""
 
-    def each(average: Callable[[Sequence[float]], Interval]) -> dict[str, Interval]:
-        return {name: average(found) for name, found in values.items()}
+    def each(average: Callable[[Sequence[float]], Interval]) -> dict[str, Interval | None]:
+        return {name: None if found is None else average(found) for name, found in values.items()}
 
     over_ten = each(clusters.macro)
     without = each(lambda found: clusters.macro(found, without=[SINGLE_DOCUMENT_DOMAIN]))
@@ -114,7 +144,10 @@ def _domains(records: Sequence[Record], values: Values) -> list[dict[str, Any]]:
             "questions": len(places),
         }
         for metric, found in values.items():
-            row[metric] = micro([found[index] for index in places]) if places else 0.0
+            if found is None:
+                row[metric] = None
+            else:
+                row[metric] = micro([found[index] for index in places]) if places else 0.0
         rows.append(row)
     return rows
 
@@ -174,38 +207,55 @@ def _latency(measured: Sequence[Record]) -> dict[str, Any]:
 def _against(
     document: Mapping[str, Any], reference: Mapping[str, Any], clusters: Clusters, partial: bool
 ) -> dict[str, Any]:
-    """Agreement and paired differences, document minus reference, question by question.
+    """Agreement, and paired differences, document minus reference, question by question.
 
-    When a run ranked only its first ``top_k``, orders are compared as far as both go, and Kendall's
-    tau, which is of whole orders, is None.
+    Agreement is over the questions ``compared``, which both answered: two runs that failed agree on
+    the order of the first stage. Differences are over all, as the averages are.
     """
     records, others = document["records"], reference["records"]
-    limits = [one["options"]["top_k"] for one in (document, reference)]
+    limits = [_ranked_places(one) for one in (document, reference)]
+    differences = _minus(_values(records, limits[0]), _values(others, limits[1]))
     depth = min((limit for limit in limits if limit is not None), default=None)
-    pairs = [(a["order"], b["order"]) for a, b in zip(records, others, strict=True)]
-    values, before = _values(records), _values(others)
-    differences = _minus(values, before)
     return {
         "reference": {key: reference[key] for key in ("note", "identity", "options", "run")},
         "compared_places": depth,
-        "first_page": clusters.micro([float(top1(a, b)) for a, b in pairs]),
-        "order": clusters.micro([float(a[:depth] == b[:depth]) for a, b in pairs]),
-        "kendall_tau": (
-            clusters.micro([kendall_tau(a, b) for a, b in pairs]) if depth is None else None
-        ),
-        "same_text": clusters.micro(
-            [
-                float(a["text_sha256"] is not None and a["text_sha256"] == b["text_sha256"])
-                for a, b in zip(records, others, strict=True)
-            ]
-        ),
+        **_agreement(records, others, depth),
         "differences": _averages(clusters, differences, partial),
         "changed": {
             name: {
-                "better": sum(value > 0 for value in differences[name]),
-                "worse": sum(value < 0 for value in differences[name]),
+                "better": sum(value > 0 for value in found),
+                "worse": sum(value < 0 for value in found),
             }
             for name in RECALLS
+            if (found := differences[name]) is not None
         },
         "errors": [sum(r["status"] == "error" for r in one) for one in (records, others)],
     }
+
+
+def _agreement(
+    records: Sequence[Record], others: Sequence[Record], depth: int | None
+) -> dict[str, Any]:
+    """Shares of the ``compared`` questions; None each when there is no such question.
+
+    When a run ranked only its first ``depth`` places, orders are compared as far as that, and
+    Kendall's tau, which is of whole orders, is None.
+    """
+    both = [
+        (a, b)
+        for a, b in zip(records, others, strict=True)
+        if "error" not in (a["status"], b["status"])
+    ]
+    names = ("first_page", "order", "kendall_tau", "same_text")
+    found: dict[str, Any] = {"compared": len(both), **dict.fromkeys(names)}
+    if not both:
+        return found
+    clusters = Clusters([a["document"] for a, _ in both], [a["domain"] for a, _ in both])
+    orders = [(a["order"], b["order"]) for a, b in both]
+    found["first_page"] = clusters.micro([float(top1(a, b)) for a, b in orders])
+    found["order"] = clusters.micro([float(a[:depth] == b[:depth]) for a, b in orders])
+    if depth is None:
+        found["kendall_tau"] = clusters.micro([kendall_tau(a, b) for a, b in orders])
+    same = [a["text_sha256"] is not None and a["text_sha256"] == b["text_sha256"] for a, b in both]
+    found["same_text"] = clusters.micro([float(flag) for flag in same])
+    return found

@@ -23,6 +23,10 @@ def _lines(document: Mapping[str, Any], summary: Mapping[str, Any]) -> Iterator[
         f"{lists['first_stage']} top-{lists['k']}, {summary['questions']} questions"
     )
     yield document["note"]
+    if summary["failed_note"]:
+        yield summary["failed_note"]
+    if summary["ranked_places"] is not None:
+        yield f"only the first {summary['ranked_places']} places were ranked; - looks beyond them"
     yield " " * _WIDTH + "".join(f"{name:>12}" for name in METRICS)
     yield from _rows("", summary)
     yield from _rows("first stage ", summary["first_stage"])
@@ -30,7 +34,7 @@ def _lines(document: Mapping[str, Any], summary: Mapping[str, Any]) -> Iterator[
     for row in summary["domains"]:
         if not row["questions"]:
             continue
-        cells = "".join(f"{row[name]:>12.4f}" for name in METRICS)
+        cells = "".join(_cell(row[name], ".4f") for name in METRICS)
         yield f"{row['domain'][: _WIDTH - 6]:<{_WIDTH - 5}}{row['questions']:>4} {cells}"
     if summary["subset"]:
         yield "macro: not quoted, these are not all questions of all ten domains"
@@ -49,10 +53,15 @@ def _rows(prefix: str, averages: Mapping[str, Any], *, signed: bool = False) -> 
         intervals = averages.get(name)
         if intervals is not None:
             label = f"{prefix}{name}".replace("_", " ")
+            found = (intervals[metric] for metric in METRICS)
             yield f"{label:<{_WIDTH}}" + "".join(
-                f"{intervals[metric]['value']:>{'+12.4f' if signed else '12.4f'}}"
-                for metric in METRICS
+                _cell(None if one is None else one["value"], "+.4f" if signed else ".4f")
+                for one in found
             )
+
+
+def _cell(value: float | None, form: str) -> str:
+    return f"{'-' if value is None else format(value, form):>12}"
 
 
 def _costs(summary: Mapping[str, Any]) -> Iterator[str]:
@@ -71,15 +80,19 @@ def _costs(summary: Mapping[str, Any]) -> Iterator[str]:
 
 def _against(against: Mapping[str, Any]) -> Iterator[str]:
     engine = against["reference"]["identity"]["engine"]
-    yield f"against {engine['name']} ({engine['quant']}, {engine['dtype']}):"
+    yield (
+        f"against {engine['name']} ({engine['quant']}, {engine['dtype']}); agreement over the "
+        f"{against['compared']} questions that both answered:"
+    )
     for name in ("first_page", "order", "kendall_tau", "same_text"):
         if against[name] is not None:
             yield f"  {name.replace('_', ' '):<14}{_interval(against[name])}"
     for name in ("micro", "macro", "macro_without_news"):
         intervals = against["differences"].get(name)
         for metric in RECALLS if intervals is not None else ():
-            label = f"{name} {metric}".replace("_", " ")
-            yield f"  {label:<30}{_interval(intervals[metric], '+.4f')}"
+            if intervals[metric] is not None:
+                label = f"{name} {metric}".replace("_", " ")
+                yield f"  {label:<30}{_interval(intervals[metric], '+.4f')}"
 
 
 def _interval(found: Mapping[str, float], form: str = ".4f") -> str:

@@ -8,10 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import PIL
+
+import mmr5_kernels
+import mmr5_runtime
+from mmr5_bench.evidence import observe
 from mmr5_bench.evidence.machine import describe_machine
 from mmr5_bench.mmdocir.annotations import (
     Annotations,
@@ -22,7 +28,6 @@ from mmr5_bench.mmdocir.annotations import (
 from mmr5_bench.mmdocir.candidates import Candidates, load_candidates
 from mmr5_bench.mmdocir.pages import PageTable, find_shards
 from mmr5_bench.quantization import Contender, open_contender
-from mmr5_bench.reuse import code_sha256
 from mmr5_runtime import Reranker
 from mmr5_runtime.artifact import file_sha256
 from mmr5_runtime.image import PixelBudget
@@ -33,6 +38,8 @@ from mmr5_runtime.reuse.config import CacheConfig
 from mmr5_runtime.types import PlanName
 
 K = 10  # candidates that the paper reranks
+# Modules beside this one that decide what is asked, or what is kept of the reply.
+_DECIDING = ("annotations", "candidates", "pages", "records", "run", "work")
 
 
 @dataclass(frozen=True)
@@ -178,6 +185,25 @@ def open_work(
 def _key(identity: dict[str, Any], options: Options, machine: dict[str, Any]) -> str:
     engine = {name: value for name, value in identity["engine"].items() if name != "name"}
     asked = {name: value for name, value in asdict(options).items() if name != "limit"}
-    deciding = [{**identity, "engine": engine}, asked, machine["id"], code_sha256()]
+    code = code_sha256(code_files())
+    # Another version of PIL may decode other pixels from the same file.
+    deciding = [{**identity, "engine": engine}, asked, machine["id"], code, PIL.__version__]
     text = json.dumps(deciding, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def code_files() -> list[Path]:
+    """Every source file that answers a question, asks it, times it or makes its record."""
+    folders = [Path(module.__path__[0]) for module in (mmr5_runtime, mmr5_kernels)]
+    found = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
+    own = [Path(__file__).with_name(f"{name}.py") for name in _DECIDING]
+    return [*found, *own, Path(observe.__file__)]
+
+
+def code_sha256(files: Sequence[Path]) -> str:
+    """Of names and contents, in this order."""
+    digest = hashlib.sha256()
+    for file in files:
+        content = file.read_bytes()
+        digest.update(f"{file.name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()

@@ -11,7 +11,7 @@ from typing import Any
 from mmr5_bench.report.material import Material
 
 _LOSSES = ("recall@1", "macro_recall@1", "ndcg@5", "mrr", "top1_agreement")
-_SHARES = ("repaired", "fallback")
+_SHARES = ("repaired", "fallback", "error")
 
 
 def action_results(material: Material) -> list[dict[str, Any]]:

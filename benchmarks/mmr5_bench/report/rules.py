@@ -9,9 +9,9 @@ from typing import Literal, get_args
 Latency = Literal["p50", "p90", "p95", "p99", "mean"]
 LATENCIES: tuple[Latency, ...] = get_args(Latency)
 # Shares of lists on which more is worse; of every other metric more is better.
-LESS_IS_BETTER = ("repaired", "fallback")
+LESS_IS_BETTER = ("repaired", "fallback", "error")
 _QUALITY = re.compile(
-    r"(macro_)?recall@\d+|ndcg@\d+|mrr|kendall_tau|(top1|order)_agreement|ok|repaired|fallback"
+    r"(macro_)?recall@\d+|ndcg@\d+|mrr|kendall_tau|(top1|order)_agreement|ok|repaired|fallback|error"
 )
 _PERCENT = re.compile(r"\+?(\d+(?:\.\d+)?)\s?%")
 _CHANGE = re.compile(r"([+-])(\d*\.?\d+)")

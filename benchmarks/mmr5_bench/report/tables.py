@@ -96,7 +96,7 @@ def quality_table(material: Material) -> Table | None:
     names = dict.fromkeys(name for _, quality in found for name in quality if name != "cases")
     if not names:
         return None
-    shares = ("ok", "repaired", "fallback", "top1_agreement", "order_agreement")
+    shares = ("ok", "repaired", "fallback", "error", "top1_agreement", "order_agreement")
     rows = [
         (
             label,
