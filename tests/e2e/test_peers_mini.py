@@ -189,6 +189,25 @@ def test_an_interrupted_run_keeps_its_lists(setting: Setting, tmp_path: Path) ->
     assert counts["stopping"] == 1 and counts["ours bf16 plain"] in (1, 2)
 
 
+def test_who_was_not_reached_is_named(setting: Setting, tmp_path: Path) -> None:
+    peers = [Altered("bf16", title="stopping", error=KeyboardInterrupt), OursPeer("bf16")]
+    with pytest.raises(KeyboardInterrupt):
+        run(peers, setting, tmp_path / "out.json", sequential=True)
+    [skipped] = load_evidence(tmp_path / "out.json")["skipped"]
+    assert skipped["subject"] == "ours bf16 plain" and "before its first list" in skipped["reason"]
+
+
+def test_who_takes_part_answers_a_list_however_short_the_time(
+    setting: Setting, tmp_path: Path
+) -> None:
+    peers = choose_peers(["ours-bf16", "ours-bf16-default"])
+    for sequential in (True, False):
+        output = tmp_path / f"{sequential}.json"
+        evidence = run(peers, setting, output, seconds=1e-6, sequential=sequential)
+        assert [len(entry["samples_ms"]) for entry in evidence["entries"]] == [1, 1]
+        assert evidence["skipped"] == []
+
+
 def test_one_after_the_other(setting: Setting, tmp_path: Path) -> None:
     peers = choose_peers(["ours-bf16", "ours-bf16-default"])
     evidence = run(peers, setting, tmp_path / "out.json", sequential=True)

@@ -158,9 +158,9 @@ _NOTE = (
     "exceed 1 where weights were cached or the machine was busier during those. Errors are "
     "relative to the plain reference: max_error to its largest output, rms_error by mean square; a "
     "row that exceeds what is allowed is failed and not timed (a kernel called ..._reference is "
-    "that reference, so its error shows no more than that it is called rightly). The shape of attention is new "
-    "tokens, all tokens, heads x dimension; its dense is the same torch kernel with keys repeated "
-    "for every head."
+    "that reference, so its error shows no more than that it is called rightly). The shape of "
+    "attention is new tokens, all tokens, heads x dimension; its dense is the same torch kernel "
+    "with keys repeated for every head."
 )
 
 

@@ -83,6 +83,8 @@ def dense_model(setting: Setting) -> Iterator[Any]:
         yield model
     finally:
         del model
+        if setting.on_gpu:
+            torch._dynamo.reset()  # what was compiled holds on to the weights
         gc.collect()
         if setting.on_gpu:
             torch.cuda.empty_cache()

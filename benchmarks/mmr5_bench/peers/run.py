@@ -208,6 +208,10 @@ def run_peers(
             share = None if plan.seconds is None else plan.seconds * number / len(groups)
             _run_group(group, setting, board, None if share is None else began + share)
     finally:
+        named = {skipped["subject"] for skipped in board.skipped}
+        for contender in contenders:
+            if not contender.track.count and contender.track.subject not in named:
+                board.skip(contender.track.subject, "the run ended before its first list")
         board.write(now=True)
     return evidence
 
@@ -269,7 +273,8 @@ def _ask_lists(
         for position, workload in enumerate(board.workloads):
             if not any(contender.active for contender in contenders):
                 return
-            if until is not None and time.monotonic() >= until:
+            # One list at the least: what took part is not left out because others were slow.
+            if index and until is not None and time.monotonic() >= until:
                 board.progress(f"time is over after {index} lists")
                 return
             work = workload.list(index)
