@@ -13,6 +13,9 @@ RESULTS := benchmarks/results/mini-quantization.json
 REUSE_RESULTS := benchmarks/results/mini-reuse.json
 LATENCY_RESULTS := benchmarks/results/mini-latency.json
 PEERS_RESULTS := benchmarks/results/mini-peers.json
+PEERS := transformers transformers-sampled transformers-static \
+  $(foreach quant,bf16 int8 int4,ours-$(quant) ours-$(quant)-default) \
+  tinygemm-g128 bitsandbytes-nf4 bitsandbytes-int8 vllm-bf16 vllm-fp8 vllm-gptq llama.cpp
 MINI_ENGINES := $(shell benchmarks/mini-engines.sh --names)
 
 BIN := $(VENV)/bin
@@ -60,12 +63,15 @@ bench-reuse: $(DEV)
 bench-engines: $(DEV)
 	benchmarks/mini-engines.sh $(BIN)/mmr5-export build/mini bf16 int8 int4-gptq
 
+# One thread: mini is too small for more, and two of them wait for each other on a busy machine.
 bench-latency: bench-engines
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=$(LATENCY_RESULTS)
+	$(BIN)/python -m pytest benchmarks --benchmark-only --mmr5-threads 1 \
+	  --benchmark-json=$(LATENCY_RESULTS)
 	$(BIN)/mmr5-bench readme $(LATENCY_RESULTS)
 
 bench-peers: bench-engines
-	$(BIN)/mmr5-bench peers --engine bf16=build/mini/bf16 --engine int8=build/mini/int8 \
+	$(BIN)/mmr5-bench peers --threads 1 --lists 15 $(addprefix --peer ,$(PEERS)) \
+	  --engine bf16=build/mini/bf16 --engine int8=build/mini/int8 \
 	  --engine int4=build/mini/int4-gptq -o $(PEERS_RESULTS)
 	$(BIN)/mmr5-bench readme $(PEERS_RESULTS)
 

@@ -21,8 +21,8 @@ from mmr5_bench.evidence.quality import Judged, quality_of
 from mmr5_bench.minidocs.lists import RerankCase, held_out_cases
 from mmr5_bench.minidocs.pages import render_page
 from mmr5_bench.minidocs.vocabulary import KINDS
+from mmr5_bench.quantization import check_comparable, open_contender
 from mmr5_runtime import Reranker, RerankResult
-from mmr5_runtime.artifact import read_manifest
 
 NOTE = "mini on synthetic held-out pages; says nothing about MM-R5"
 DOMAINS = (*KINDS, "any kind")
@@ -43,11 +43,14 @@ def evaluate_engines(
 
     ``jobs`` processes share the runs, one thread each: more threads do not speed mini up. ``keep``
     is shown the document after every engine and size, for what is lost when the run is stopped.
+    ValueError for engines that read other prompts or pixels than the first.
     """
     if num_cases < 1:
         raise ValueError(f"--cases {num_cases} measures nothing; ask for 1 or more")
     document = new_evidence("Accuracy of mini on held-out lists", NOTE, describe_machine())
-    quants = {engine: read_manifest(engine).quant_name for engine in engines}
+    contenders = [open_contender(engine) for engine in engines]
+    check_comparable(contenders[0], contenders[1:])
+    quants = {one.path: one.manifest.quant_name for one in contenders}
     runs = [(size, engine) for size in list_sizes for engine in engines]
     document["qualities"] = []
     references: dict[int, list[RerankResult]] = {}

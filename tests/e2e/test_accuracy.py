@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.exporting import quick_export
 from mmr5_bench.accuracy import summarise
 from mmr5_bench.cli import main
 from mmr5_bench.minidocs.lists import PageKey, RerankCase
@@ -74,3 +75,17 @@ def test_missing_engine_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     error = capsys.readouterr().err
     assert error.startswith("mmr5-bench: error: ") and error.count("\n") == 1
     assert not (tmp_path / "r.json").exists()
+
+
+def test_engines_that_read_other_pixels_are_not_compared(
+    tiny_engine: Callable[[str], Path],
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = tmp_path / "other"
+    quick_export(str(tiny_checkpoint), "bf16", other, max_pixels=28 * 28 * 8)
+    engines = [str(tiny_engine("bf16")), str(other)]
+    output = tmp_path / "accuracy.json"
+    assert main(["accuracy", *engines, "--pages", "2", "--cases", "1", "-o", str(output)]) == 1
+    assert "has another pixel budget than" in capsys.readouterr().err and not output.exists()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.exporting import quick_export
 from helpers.plugin_runs import measured, run_pytest
 
 pytest_plugins = ["pytester"]
@@ -89,3 +90,29 @@ def test_orders_are_held_against_the_reference(pytester: pytest.Pytester, mini_i
     assert entry["axes"]["quant"] == "own"
     for metric in ("top1_agreement", "order_agreement", "kendall_tau"):
         assert entry["quality"][metric]["value"] == 1.0
+
+
+def test_a_reference_that_reads_other_pixels_is_refused(
+    pytester: pytest.Pytester, mini_int4: Path
+) -> None:
+    pytester.makepyfile(
+        """
+        import pytest
+
+        @pytest.mark.rerank_axes(cache="cold")
+        def test_rerank(rerank_case, mmr5_benchmark):
+            mmr5_benchmark(rerank_case)
+        """
+    )
+    quick_export("mini", "int4", pytester.path / "smaller", max_pixels=28 * 28 * 30)
+    result = run_pytest(
+        pytester,
+        f"--mmr5-engine=own={mini_int4}",
+        "--mmr5-reference=smaller",
+        *QUICK,
+        "--benchmark-json=out.json",
+    )
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*the reference engine has max_pixels 23520 and the measured*"])
+    (entry,) = measured(pytester)["entries"]  # the times are kept
+    assert "quality" not in entry

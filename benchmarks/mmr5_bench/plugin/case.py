@@ -12,6 +12,7 @@ from mmr5_bench.plugin.drawing import DrawnList
 from mmr5_bench.plugin.engines import Engines, Orders
 from mmr5_bench.plugin.settings import Settings, source_name
 from mmr5_runtime import Reranker, RerankResult
+from mmr5_runtime.loading import EngineInfo
 from mmr5_runtime.options import RerankKeywords
 
 Asked = tuple[str, tuple[bytes, ...]]
@@ -106,8 +107,13 @@ class BenchCase:
 
     def judge(self, results: Sequence[RerankResult]) -> list[Judged]:
         """Results of all lists, in order, beside what is right and what the reference ranked."""
-        own = [result.order for result in results]
-        orders = self.engines.reference_orders(self.quant, self.work, own, self._ask_all)
+        own, info = [result.order for result in results], self.reranker.info
+
+        def ask_all(reference: Reranker) -> Orders:
+            _check_same_prompts(info, reference.info)
+            return self._ask_all(reference)
+
+        orders = self.engines.reference_orders(self.quant, self.work, own, ask_all)
         references: Sequence[tuple[int, ...] | None] = orders or [None] * len(self.lists)
         return [
             Judged(result.order, one.gold, result.status, one.domain, reference)
@@ -120,3 +126,14 @@ class BenchCase:
             reranker.cache.clear()
             orders.append(reranker.rerank(one.question, one.pages, **self.options).order)
         return tuple(orders)
+
+
+def _check_same_prompts(engine: EngineInfo, reference: EngineInfo) -> None:
+    """ValueError for a reference that is asked something else by the same question."""
+    for name in ("profile", "min_pixels", "max_pixels"):
+        ours, theirs = getattr(engine, name), getattr(reference, name)
+        if ours != theirs:
+            raise ValueError(
+                f"the reference engine has {name} {theirs} and the measured one {ours}; export "
+                "both with the same options, or name another --mmr5-reference"
+            )
