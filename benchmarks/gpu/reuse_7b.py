@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from torch import Tensor
 from mmr5_bench.files import write_json
 from mmr5_bench.random_weights.shapes import spec_of
 from mmr5_bench.random_weights.tensors import RandomTensors
+from mmr5_bench.runbook.steps import EARLY
 from mmr5_runtime.cursor import Cursor
 from mmr5_runtime.deadline import Deadline
 from mmr5_runtime.engine import Engine
@@ -244,7 +246,7 @@ def _relocate(
 
     def capture() -> None:
         for number, page in enumerate(capture_pages(model, segments.head, wanted)):
-            store.put(digest(number), page)
+            assert store.put(digest(number), page), "a page was refused: KEPT_BYTES is too small"
 
     bench.add("capture", **shape, ms=bench.time(capture))
     yield
@@ -252,7 +254,8 @@ def _relocate(
 
         def read(share: float = share) -> None:
             cursor.rewind(empty)
-            captured = [store.get(digest(i)) for i in range(len(wanted))]
+            captured = [page for i in range(len(wanted)) if (page := store.get(digest(i)))]
+            assert len(captured) == len(wanted), "a page was evicted: KEPT_BYTES is too small"
             pages = [PageSegment(w.token_ids, seen(i), grid) for i, w in enumerate(wanted)]
             cursor.read(segments.head)
             read_relocated(
@@ -260,7 +263,7 @@ def _relocate(
                 cursor.arena,
                 cursor.position,
                 pages,
-                [page for page in captured if page is not None],
+                captured,
                 segments.tail,
                 words(QUESTION_TOKENS, 4000),
                 Recompute(share),
@@ -301,9 +304,9 @@ def _ratio(row: dict[str, Any] | None) -> str:
 
 
 def open_bench(out: Path, dry_run: bool) -> Bench:
-    """Raises RuntimeError without a CUDA device, unless it is a dry run."""
+    """Raises ValueError without a CUDA device, unless it is a dry run."""
     if not dry_run and not torch.cuda.is_available():
-        raise RuntimeError("there is no CUDA device; run it where there is one, or with --dry-run")
+        raise ValueError("there is no CUDA device; run it where there is one, or with --dry-run")
     device = torch.device("cpu" if dry_run else "cuda")
     spec = spec_of("tiny" if dry_run else "7b")
     model = random_model(spec, torch.float32 if dry_run else torch.bfloat16, device)
@@ -321,7 +324,7 @@ def open_bench(out: Path, dry_run: bool) -> Bench:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line entry; 0 when every step was run, 1 when time was over before."""
+    """Command line entry; 0 when every step was run, 75 when time was over before, 1 for errors."""
     parser = argparse.ArgumentParser(description="Time reuse at the 7B shape.")
     parser.add_argument("--out", type=Path, required=True, help="folder for reuse-7b.json")
     parser.add_argument("--seconds", type=float, default=540.0, help="no new step after this")
@@ -329,7 +332,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     began = time.perf_counter()
     options.out.mkdir(parents=True, exist_ok=True)
-    bench = open_bench(options.out, options.dry_run)
+    try:
+        bench = open_bench(options.out, options.dry_run)
+    except ValueError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
     bench.add("load", seconds=time.perf_counter() - began)
     over = False
     for _ in measure(bench):
@@ -337,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if over:
             break
     print(table(bench.rows))
-    return int(over)
+    return EARLY if over else 0
 
 
 if __name__ == "__main__":

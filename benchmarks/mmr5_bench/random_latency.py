@@ -9,10 +9,9 @@ what a default engine remembers. The length of the answer is forced: random mode
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -31,9 +30,10 @@ from mmr5_bench.evidence.gpu import GpuSampler
 from mmr5_bench.evidence.machine import describe_machine
 from mmr5_bench.evidence.memory import PeakMemory
 from mmr5_bench.evidence.observe import Observation, entry_of, observe
-from mmr5_bench.peers.base import ListWork
+from mmr5_bench.peers.base import Answer, ListWork
 from mmr5_bench.peers.names import CELLS, WorkloadName
 from mmr5_bench.peers.prompts import PromptReader
+from mmr5_bench.peers.rounds import Round, work_of
 from mmr5_bench.peers.workloads import Workload
 from mmr5_bench.random_engine import Quant, Shape, random_engine, reranker_of
 from mmr5_bench.random_weights.shapes import stored_bytes
@@ -57,8 +57,9 @@ NOTE = (
 class RandomOptions:
     """What to measure: every combination of ``pages``, ``generated`` and ``caches``, in that order.
 
-    ``seconds`` is for all of it; a case whose turn comes later is skipped, and one whose share of
-    the time is over has fewer than ``rounds``, but at least one. Raises ValueError for a number
+    ``seconds`` is for all of it; a case that time is too short for is skipped (see
+    :func:`why_no_time`), and one whose share of it is over has fewer than ``rounds``, but at least
+    one. Raises ValueError for a number
     below one or an unknown workload or cache.
     """
 
@@ -115,6 +116,7 @@ class _Run:
     output: Path
     say: Callable[[str], None]
     ends: float  # of time.perf_counter
+    drawn: dict[tuple[int, int], list[ListWork]] = field(default_factory=dict)
 
     @property
     def device(self) -> str:
@@ -123,7 +125,21 @@ class _Run:
     def workload(self, case: Case) -> Workload:
         reader = PromptReader.from_loaded(self.loaded)
         options = self.options
-        return Workload(options.workload, case.pages, case.generated, reader, options.seed)
+        return Workload(
+            options.workload, case.pages, case.generated, reader, options.seed, forced=True
+        )
+
+    def lists(self, case: Case, ends: float) -> list[ListWork]:
+        """As many as there are rounds, and at least one if it is ``ends`` before; once drawn, the
+        same ones for every cache."""
+        workload = self.workload(case)
+        key = (case.pages, case.generated)
+        if key not in self.drawn:
+            self.drawn.clear()  # of the case before; pages of many lists are large
+            found = self.drawn[key] = [workload.list(0)]
+            while len(found) < self.options.rounds and time.perf_counter() < ends:
+                found.append(workload.list(len(found)))
+        return self.drawn[key]
 
     def write(self) -> None:
         write_evidence(self.evidence, self.output)
@@ -154,47 +170,65 @@ def measure_random(
     evidence["ceilings"] = ceiling
     run = _Run(options, loaded, evidence, output, say, began + options.seconds)
     run.write()
-    cases = options.cases
+    cases, per_round = options.cases, 0.0
     for index, case in enumerate(cases):
         left = run.ends - time.perf_counter()
-        if left <= 0 and evidence["entries"]:
-            _skip(run, case, f"the {options.seconds:g} seconds were over")
-            continue
-        try:
-            _measure_case(run, case, left / (len(cases) - index))
-        except RuntimeError as error:  # torch's for memory that a device does not have
-            _skip(run, case, str(error).splitlines()[0])
+        reason = why_no_time(left, per_round, options.seconds) if evidence["entries"] else None
+        if reason is None:
+            try:
+                per_round = _measure_case(run, case, left / (len(cases) - index))
+                continue
+            except torch.OutOfMemoryError as error:
+                reason = next(iter(str(error).splitlines()), "out of memory")
+            # Not in the handler: until its end the error holds on to what is to be freed.
             if device.startswith("cuda"):
                 torch.cuda.empty_cache()
-    run.write()
+        _skip(run, case, reason)
+        run.write()
     return evidence
 
 
-def _measure_case(run: _Run, case: Case, seconds: float) -> None:
+def why_no_time(left: float, per_round: float, seconds: float) -> str | None:
+    """Why no case begins with ``left`` of ``seconds``; None when it may.
+
+    A case has one untimed and one timed list at least; ``per_round`` are seconds of one before.
+    """
+    if left <= 0:
+        return f"the {seconds:g} seconds were over"
+    if left < 2 * per_round:
+        return f"{left:.1f} of {seconds:g} seconds were left, and a list took {per_round:.1f}"
+    return None
+
+
+def _measure_case(run: _Run, case: Case, seconds: float) -> float:
+    """Seconds per list, untimed ones too."""
     options, workload = run.options, run.workload(case)
-    ends = time.perf_counter() + seconds
+    began = time.perf_counter()
+    # Before the clock: clocks, power and memory are to be those of requests.
+    lists = run.lists(case, began + seconds / 2)
+    ends, asking = began + seconds, time.perf_counter()
     # Never closed: the engine belongs to the next case as well.
     reranker = reranker_of(run.loaded, CacheConfig.off() if case.cache == "cold" else CacheConfig())
     seen: list[Observation] = []
-    digests: list[str] = []
     gpu, memory = GpuSampler(run.device), PeakMemory(run.device)
     try:
         for number in range(options.warmup):
             _ask(reranker, workload.warmup(_OTHERS + number), case)
         with gpu, memory:
-            while not seen or (len(seen) < options.rounds and time.perf_counter() < ends):
-                work = workload.list(len(seen))
+            for work in lists:
+                if seen and time.perf_counter() >= ends:
+                    break
                 if case.cache == "warm":
                     reranker.rerank(OTHER_QUESTION, work.pages, max_new_tokens=1, plan="single")
                 seen.append(observe(partial(_ask, reranker, work, case), run.device))
-                digests.append(work.digest)
     finally:
-        if digests:
-            entry = _entry(run, case, seen[: len(digests)], digests, gpu, memory)
+        if seen:
+            entry = _entry(run, case, lists[0], seen, gpu, memory)
             run.evidence["entries"].append(entry)
             run.write()
             run.say(f"{entry['name']}: {entry['latency_ms']['p50']['value']:.0f} ms, {len(seen)}x")
         reranker.cache.clear()
+    return (time.perf_counter() - asking) / (options.warmup + len(seen))
 
 
 def _ask(reranker: Reranker, work: ListWork, case: Case) -> RerankResult:
@@ -214,16 +248,18 @@ def _ask(reranker: Reranker, work: ListWork, case: Case) -> RerankResult:
     return result
 
 
-def _work(digests: Sequence[str]) -> str:
-    """Hash over the lists that were answered, as ``mmr5-bench peers`` makes it."""
-    return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
+def _round(work: ListWork, seen: Observation) -> Round:
+    """The first list as contenders of ``mmr5-bench peers`` have answered it."""
+    result = seen.result
+    answer = Answer(result.text, result.order, result.status, result.usage.completion_tokens)
+    return Round.of(0, work, seen.ms, answer)
 
 
 def _entry(
     run: _Run,
     case: Case,
+    first: ListWork,
     seen: Sequence[Observation],
-    digests: Sequence[str],
     gpu: GpuSampler,
     memory: PeakMemory,
 ) -> Entry:
@@ -242,7 +278,7 @@ def _entry(
         f"rerank[{name}]",
         f"ours {options.quant}",
         {**axes, "shape": options.shape, "stop": "eos", "think": "full", "dtype": info.dtype},
-        _work(digests),
+        work_of(run.workload(case), _round(first, seen[0])),
         seen,
         warmup=options.warmup,
         engine=info,

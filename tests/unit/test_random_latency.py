@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from mmr5_bench.evidence.document import load_evidence
 from mmr5_bench.files import write_json
 from mmr5_bench.peers.prompts import PromptReader
 from mmr5_bench.peers.workloads import Workload
-from mmr5_bench.random_latency import RandomOptions, measure_random
+from mmr5_bench.random_latency import RandomOptions, measure_random, why_no_time
 from mmr5_bench.runbook.call import main
 
 SMALL = RandomOptions(
@@ -45,9 +46,54 @@ def test_every_case_has_an_entry(tmp_path: Path) -> None:
 
 def test_lists_are_those_of_the_peers(tmp_path: Path) -> None:
     evidence = measure_random(replace(SMALL, pages=(2,), caches=("cold",)), tmp_path / "a.json")
-    workload = Workload("small", 2, 4, PromptReader.from_random("tiny"), 0)
+    workload = Workload("small", 2, 4, PromptReader.from_random("tiny"), 0, forced=True)
     prompt = len(workload.list(0).prompt_ids)
     assert evidence["entries"][0]["tokens"]["prompt"] == prompt
+
+
+def test_work_is_that_of_the_peers_however_many_lists_there_are(tmp_path: Path) -> None:
+    short = replace(SMALL, pages=(2,), caches=("cold",))
+    works = []
+    for rounds in (1, 3):
+        asked = replace(short, rounds=rounds)
+        (entry,) = measure_random(asked, tmp_path / "random.json")["entries"]
+        assert len(entry["samples_ms"]) == rounds
+        works.append(entry["work"])
+    output = tmp_path / "peers.json"
+    peers = "--random tiny --device cpu --workload small --pages 2 --generated 4 --lists 2"
+    command = ["mmr5_bench.peers.command", *peers.split(), "--peer", "ours-int4"]
+    assert main([*command, "-o", str(output)]) == 0
+    works += [entry["work"] for entry in load_evidence(output)["entries"]]
+    assert len(works) == 3 and len(set(works)) == 1
+    (other,) = measure_random(replace(short, seed=1), tmp_path / "random.json")["entries"]
+    assert other["work"] not in works
+
+
+def test_memory_that_is_not_there_skips_a_case_and_a_bug_does_not(tmp_path: Path) -> None:
+    output = tmp_path / "random.json"
+
+    def run_out(line: str) -> None:
+        if "cache=cold" in line and "pages=2" in line:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate much")
+
+    measure_random(SMALL, output, say=run_out)
+    skipped = load_evidence(output)["skipped"]
+    assert [one["reason"] for one in skipped] == ["CUDA out of memory."]
+    assert len(load_evidence(output)["entries"]) == 4
+
+    def fail(line: str) -> None:
+        if "cache=cold" in line:
+            raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        measure_random(SMALL, output, say=fail)
+
+
+def test_a_case_begins_only_with_time_for_two_lists() -> None:
+    assert why_no_time(10.0, 4.9, 60.0) is None
+    reason = why_no_time(10.0, 5.1, 60.0)
+    assert reason == "10.0 of 60 seconds were left, and a list took 5.1"
+    assert why_no_time(-1.0, 0.0, 60.0) == "the 60 seconds were over"
 
 
 def test_time_that_is_over_skips_the_rest(tmp_path: Path) -> None:

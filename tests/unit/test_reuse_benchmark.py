@@ -228,5 +228,5 @@ def test_dry_run_of_the_7b_timings(tmp_path: Path, capsys: pytest.CaptureFixture
     lines = capsys.readouterr().out.splitlines()[-3:]
     assert lines[0].split()[:2] == ["pages", "tokens"] and lines[2].split()[:2] == ["3", "48"]
     # Time is over before the second step.
-    assert main(["--dry-run", "--out", str(tmp_path), "--seconds", "0"]) == 1
+    assert main(["--dry-run", "--out", str(tmp_path), "--seconds", "0"]) == 75
     assert len(json.loads((tmp_path / "reuse-7b.json").read_text())["rows"]) == 2

@@ -16,21 +16,19 @@ from pathlib import Path
 import pytest
 
 from mmr5_bench.runbook.book import Book
-from mmr5_bench.runbook.bounded import (
-    TAIL_COLUMNS,
-    TAIL_LINES,
-    last_lines,
-    run_bounded,
-    terminations_interrupt,
-)
 from mmr5_bench.runbook.call import main
-from mmr5_bench.runbook.session import Session, environment, run_steps, write_archive
-from mmr5_bench.runbook.steps import Step, plan_steps
+from mmr5_bench.runbook.session import (
+    ARCHIVED_BYTES,
+    Session,
+    run_steps,
+    write_archive,
+)
+from mmr5_bench.runbook.steps import CUDA_MARGIN_SECONDS, EARLY, SCRATCH, Step, plan_steps
+from mmr5_bench.runbook.table import entries
 
 ROOT = Path(__file__).parents[2]
 MADE_BY = {"commit": "abc"}
 WRITE = "import sys; open(sys.argv[1], 'w').write('{}')"
-HUNG = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True)"
 
 
 def step(
@@ -96,9 +94,15 @@ def test_a_failing_step_is_recorded_and_the_next_one_goes_on(tmp_path: Path) -> 
 
 
 def test_a_step_may_say_that_its_time_was_over(tmp_path: Path) -> None:
-    code = f"{WRITE}; raise SystemExit(1)"
-    steps = [replace(step(tmp_path, "early", code), early=1), step(tmp_path, "wrong", code)]
-    assert run(tmp_path, steps)[0] == {"early": "done", "wrong": "failed"}
+    code = f"{WRITE}; raise SystemExit({EARLY})"
+    steps = [
+        replace(step(tmp_path, "early", code), early=EARLY),
+        replace(step(tmp_path, "crashed", f"{WRITE}; 1 / 0"), early=EARLY),
+        step(tmp_path, "wrong", code),
+    ]
+    found, _ = run(tmp_path, steps)
+    assert found == {"early": "done", "crashed": "failed", "wrong": "failed"}
+    assert EARLY not in (0, 1, 2, 130) and record(tmp_path, "crashed")["rc"] == 1
     assert record(tmp_path, "early")["reason"] == "ended before its last part"
 
 
@@ -114,40 +118,6 @@ def test_a_step_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     ended = record(tmp_path, "slow")
     assert ended["rc"] == -signal.SIGTERM and ended["tail"] == ["up"]
     assert ended["reason"] == "was ended after 2 s"
-
-
-def test_nothing_is_left_of_a_program_that_refuses_to_end(tmp_path: Path) -> None:
-    # It starts a program of its own, which refuses as well.
-    child = f"{HUNG}; time.sleep(60)"
-    code = (
-        f"{HUNG}; import subprocess, sys; "
-        f"p = subprocess.Popen([sys.executable, '-c', {child!r}]); "
-        "print(p.pid, flush=True); time.sleep(60)"
-    )
-    log = tmp_path / "log"
-    ending = run_bounded(
-        [sys.executable, "-c", code],
-        seconds=2.0,
-        log=log,
-        cwd=tmp_path,
-        env=os.environ,
-        grace=0.3,
-    )
-    assert ending.timed_out and ending.rc == -signal.SIGKILL
-    pid = int(next(line for line in log.read_text().split() if line.isdigit()))
-    for _ in range(100):
-        if not _runs(pid):
-            return
-        time.sleep(0.05)
-    raise AssertionError("the program's own child is still there")
-
-
-def _runs(pid: int) -> bool:
-    """Whether a process is there and no zombie that nobody has waited for."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_a_program_that_cannot_be_started_is_a_failed_step(tmp_path: Path) -> None:
@@ -217,44 +187,73 @@ def test_an_interruption_keeps_what_was_measured(tmp_path: Path) -> None:
     )
 
 
+def test_what_was_never_tried_comes_before_what_failed(tmp_path: Path) -> None:
+    fails = "raise SystemExit(1)"
+    steps = [step(tmp_path, "a", fails), step(tmp_path, "b"), step(tmp_path, "c")]
+    assert run(tmp_path, steps, only=("a",))[0] == {"a": "failed", "b": "skipped", "c": "skipped"}
+    # As if the runbook itself had been killed while b ran.
+    book = json.loads((tmp_path / "runbook.json").read_text())
+    book["steps"][1]["status"] = "running"
+    (tmp_path / "runbook.json").write_text(json.dumps(book))
+    found, said = run(tmp_path, steps)
+    began = [line.partition(":")[0] for line in said if "(up to" in line]
+    assert began == ["c", "a", "b"]
+    assert list(found.items()) == [("a", "failed"), ("b", "done"), ("c", "done")]
+    # Neither is a step that was killed forgotten when there is no time for it.
+    book["steps"] = [{"name": "b", "about": "", "status": "running"}]
+    (tmp_path / "runbook.json").write_text(json.dumps(book))
+    assert run(tmp_path, steps, only=("c",))[0]["b"] == "interrupted"
+
+
+def test_files_of_an_earlier_run_are_not_shown_as_of_this_one(tmp_path: Path) -> None:
+    shipped = ROOT / "tests" / "unit" / "test_runbook.py"  # any file: what counts is when
+    (tmp_path / "a.json").write_bytes(shipped.read_bytes())
+    (tmp_path / "b.json").write_bytes(shipped.read_bytes())
+    found, _ = run(tmp_path, [step(tmp_path, "a", "pass"), step(tmp_path, "b")])
+    assert found == {"a": "failed", "b": "done"}
+    assert record(tmp_path, "a")["files"] == {} and record(tmp_path, "b")["files"] == {"b.json": 2}
+    book = Book.open(tmp_path, dry_run=True, provenance=MADE_BY)
+    assert entries(book) == []
+
+
+def test_a_failure_without_output_says_no_empty_line(tmp_path: Path) -> None:
+    _, said = run(tmp_path, [step(tmp_path, "a", "raise SystemExit(3)")])
+    assert [line.partition(" after")[0] for line in said[1:]] == ["a: failed"]
+
+
+def test_scratch_folders_go_when_a_step_begins_and_ends(tmp_path: Path) -> None:
+    left = f"import os; os.mkdir('{tmp_path}/{SCRATCH}new'); assert not os.path.exists"
+    code = f"{left}('{tmp_path}/{SCRATCH}old'); open('{tmp_path}/{SCRATCH}new/x', 'w'); {WRITE}"
+    (tmp_path / f"{SCRATCH}old").mkdir()
+    (tmp_path / f"{SCRATCH}old.json").write_text("{}")
+    found, _ = run(tmp_path, [replace(step(tmp_path, "a", code), scratch=SCRATCH)])
+    assert found == {"a": "done"}
+    assert [path.name for path in tmp_path.glob(f"{SCRATCH}*")] == [f"{SCRATCH}old.json"]
+
+
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     run(tmp_path, [step(tmp_path, "a")])
     with pytest.raises(ValueError, match="has the results of a dry run; give another --out"):
         Book.open(tmp_path, dry_run=False, provenance=MADE_BY)
-    with pytest.raises(ValueError, match="has results of commit abc, this is def"):
+    with pytest.raises(ValueError, match="of commit abc, this is def.*--again without --only"):
         Book.open(tmp_path, dry_run=True, provenance={"commit": "def"})
     (tmp_path / "runbook.json").write_text("{")
     with pytest.raises(ValueError, match="is no runbook"):
         Book.open(tmp_path, dry_run=True, provenance=MADE_BY)
 
 
-def test_the_end_of_a_long_output_is_kept(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    log.write_bytes(b"\xff\n\n" + b"".join(b"%d " % i + b"x" * 5000 + b"\n" for i in range(40)))
-    lines = last_lines(log)
-    assert len(lines) <= TAIL_LINES and lines[-1].startswith("39 xxx")
-    assert all(len(line) <= TAIL_COLUMNS + 4 for line in lines)
-
-
 def test_the_archive_holds_the_folder_but_not_itself(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     steps = [step(folder, "a"), step(folder, "b", "raise SystemExit(1)")]
     run(folder, steps, archive=folder / "all.tar.gz")
-    write_archive(folder, folder / "all.tar.gz")
+    (folder / f"{SCRATCH}x" / "checkpoint").mkdir(parents=True)
+    (folder / f"{SCRATCH}x" / "checkpoint" / "config.json").write_text("{}")
+    with (folder / "weights.bin").open("wb") as sparse:
+        sparse.truncate(ARCHIVED_BYTES + 1)
+    assert write_archive(folder, folder / "all.tar.gz") == ["weights.bin"]
     with tarfile.open(folder / "all.tar.gz") as packed:
         names = sorted(packed.getnames())
     assert names == ["a.json", "logs/a.log", "logs/b.log", "runbook.json"]
-
-
-def test_programs_find_this_checkout_and_no_network() -> None:
-    made = environment(ROOT, {"PYTHONPATH": "/elsewhere", "HOME": "/root"})
-    code = "import mmr5_bench, mmr5_export, mmr5_kernels, mmr5_runtime, helpers; import os;"
-    code += "print(os.environ['HF_HUB_OFFLINE'], mmr5_kernels.__path__[0])"
-    shown = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=made
-    ).stdout
-    assert shown.split() == ["1", str(ROOT / "kernels" / "mmr5_kernels")]
-    assert made["PYTHONPATH"].endswith("/elsewhere") and made["HOME"] == "/root"
 
 
 @pytest.mark.parametrize("dry_run", [True, False])
@@ -262,9 +261,22 @@ def test_the_plan_has_the_important_first(tmp_path: Path, dry_run: bool) -> None
     steps = plan_steps(ROOT, tmp_path, dry_run=dry_run)
     names = [step.name for step in steps]
     assert len(set(names)) == len(names)
-    assert names[:5] == ["environment", "gpu-tests", "reranks-int4", "reranks-bf16", "reranks-int8"]
-    assert names.index("peers") < names.index("kernels") < names.index("reuse") < len(names) - 1
-    assert names[-1] == "export"
+    assert (
+        names
+        == (
+            "environment gpu-tests reranks-int4 reranks-bf16 peers kernels reuse reranks-int8 "
+            "lengths-int4 lengths-bf16 lists20-int4 lists20-bf16 dense-int4 dense-bf16 vidore-int4 "
+            "vidore-bf16 export"
+        ).split()
+    )
+    by_name = {one.name: one for one in steps}
+    assert by_name["reuse"].early == EARLY and by_name["export"].scratch == SCRATCH
+    if not dry_run:
+        assert by_name["gpu-tests"].seconds == 90 and by_name["reranks-int4"].seconds == 150
+        assert all(one.margin == CUDA_MARGIN_SECONDS == 25 for one in steps)
+        usual, long = (by_name[name].command(9) for name in ("reranks-int4", "lists20-int4"))
+        assert usual[usual.index("--pages") :][1:4] == ["10", "5", "--generated"]
+        assert long[long.index("--pages") :][1:3] == ["20", "--generated"]
     for one in steps:
         command = one.command(33)
         assert ("cuda" in command) != dry_run or one.name in ("gpu-tests", "reuse")
@@ -300,14 +312,6 @@ def test_from_the_shell_without_anything_installed(tmp_path: Path) -> None:
     assert measured["ceilings"] == machine["ceilings"]
     assert machine["provenance"]["packages"]["torch"]
     assert Path(f"{out}.tgz").is_file()
-
-
-def test_a_termination_interrupts_and_the_handlers_come_back() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), terminations_interrupt():
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(5)
-    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_usage_and_a_missing_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -119,7 +119,7 @@ def _entry(
             "dtype": track.dtype,
             **track.axes,
         },
-        "work": _work(workload, rounds[0]),
+        "work": work_of(workload, rounds[0]),
         "samples_ms": samples,
         "warmup": track.warmup,
         "latency_ms": latency_summary(samples),
@@ -140,7 +140,7 @@ def _entry(
     return validate_entry({key: value for key, value in entry.items() if value not in ({}, None)})
 
 
-def _work(workload: Workload, first: Round) -> str:
+def work_of(workload: Workload, first: Round) -> str:
     """Of the lists that are asked, which follow from these; how many were answered is not in it."""
     budget = workload.reader.budget
     return work_id(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
@@ -46,6 +46,7 @@ class Book:
 
     folder: Path
     document: dict[str, Any]
+    _before: dict[str, tuple[int, int]] = field(default_factory=dict)  # files when a step began
 
     @classmethod
     def open(cls, folder: Path, *, dry_run: bool, provenance: dict[str, str]) -> Book:
@@ -77,8 +78,11 @@ class Book:
         if commit != provenance["commit"] and "done" in steps.values():
             raise ValueError(
                 f"{folder} has results of commit {commit}, this is {provenance['commit']}; give "
-                "another --out, or --again to measure everything anew"
+                "another --out, or --again without --only to measure everything anew"
             )
+        for record in found["steps"]:
+            if record["status"] == "running":
+                record |= {"status": "interrupted", "reason": "the runbook was ended"}
         return cls(folder, found)
 
     @property
@@ -92,15 +96,27 @@ class Book:
         whole = all((self.folder / name).is_file() for name in step.files)
         return found is not None and found["status"] == "done" and whole
 
+    def was_tried(self, step: Step) -> bool:
+        """Whether ``step`` began before and did not end well."""
+        found = self._find(step.name)
+        return found is not None and found["status"] in ("failed", "timed out", "interrupted")
+
+    def written(self, step: Step) -> dict[str, int]:
+        """Size of the files that ``step`` has written since it began; not what lay there before."""
+        states = _states(self.folder, step.files)
+        new = [name for name, state in states.items() if state != self._before.get(name)]
+        return {name: (self.folder / name).stat().st_size for name in new}
+
     def skip(self, step: Step, reason: str) -> None:
         """A step that is not run; what an earlier run found of it stays."""
         found = self._find(step.name)
-        if found is None or found["status"] in ("skipped", "running"):
+        if found is None or found["status"] == "skipped":
             self._put({"name": step.name, "about": step.about, "status": "skipped"}, reason=reason)
 
     def start(self, step: Step, command: Sequence[str], bound: float) -> None:
         """A step that runs now."""
         given = list(command)
+        self._before = _states(self.folder, step.files)
         record: Record = {"name": step.name, "about": step.about, "status": "running"}
         self._put({**record, "command": given, "bound_s": round(bound, 1)})
 
@@ -109,8 +125,7 @@ class Book:
         record: Record = {**(self._find(step.name) or {}), "status": status}
         if ending is not None:
             record |= {"rc": ending.rc, "seconds": round(ending.seconds, 1)}
-        paths = {name: self.folder / name for name in step.files}
-        record["files"] = {n: path.stat().st_size for n, path in paths.items() if path.is_file()}
+        record["files"] = self.written(step)
         log = self.log(step)
         record["tail"] = last_lines(log) if log.is_file() else []
         self._put(record, reason=reason)
@@ -137,3 +152,9 @@ class Book:
 
     def _write(self) -> None:
         write_json(self.document, self.folder / BOOK)
+
+
+def _states(folder: Path, names: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """What tells a file from an older one of its name, of those that are there."""
+    found = {name: (folder / name).stat() for name in names if (folder / name).is_file()}
+    return {name: (state.st_mtime_ns, state.st_ino) for name, state in found.items()}

@@ -60,7 +60,8 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         _say("interrupted")
     if options.archive is not None:
-        write_archive(out, options.archive)
+        for name in write_archive(out, options.archive):
+            _say(f"{name} is too large for the archive and only in {out}")
     _say(table(book))
     print(json.dumps(summary(book), allow_nan=False))
     return 0 if all(record["status"] in ("done", "skipped") for record in book.records) else 1

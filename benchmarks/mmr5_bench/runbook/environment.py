@@ -72,6 +72,4 @@ def nvidia_smi() -> str | None:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"failed: {error}"
-    return (
-        (done.stdout or done.stderr).strip().splitlines()[0] if done.stdout or done.stderr else ""
-    )
+    return next(iter((done.stdout.strip() or done.stderr.strip()).splitlines()), "")

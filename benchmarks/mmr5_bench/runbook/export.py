@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from mmr5_bench.runbook.environment import add_arguments
+from mmr5_bench.runbook.steps import SCRATCH
 
 __all__ = ["add_arguments", "run"]
 
@@ -22,7 +23,7 @@ def run(options: argparse.Namespace) -> int:
 
     output: Path = options.output
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix="export-") as name:
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=SCRATCH) as name:
         began = time.perf_counter()
         checkpoint = random_checkpoint(Path(name) / "checkpoint", options.shape)
         written = time.perf_counter() - began

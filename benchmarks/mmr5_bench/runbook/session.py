@@ -12,10 +12,10 @@ from pathlib import Path
 
 from mmr5_bench.runbook.book import Book
 from mmr5_bench.runbook.bounded import GRACE_SECONDS, run_bounded
-from mmr5_bench.runbook.steps import Step
+from mmr5_bench.runbook.steps import SCRATCH, Step
 
-# Of its bound a step is told all but this, in which it writes what it has and ends.
-_MARGIN_SHARE, _MARGIN_SECONDS = 0.1, 5.0
+_MARGIN_SHARE = 0.1  # of a bound, at least, a step is not told of; see Step.margin
+ARCHIVED_BYTES = 64 << 20  # results are far smaller; what is larger was left behind
 _PATHS = (".", "kernels", "export", "benchmarks", "tests")
 
 
@@ -52,21 +52,27 @@ def run_steps(
 ) -> None:
     """Runs ``steps`` in order; what happens to each is in ``book`` at once.
 
+    Those that began before and did not end well come after all others, so that several short runs
+    into one folder get on. The records are in the order of ``steps`` at the end.
     A step that fails or takes too long ends, and the next one goes on. One that is not to begin any
     more, for lack of time or of something it needs, is skipped with the reason. KeyboardInterrupt
     ends the running step and is raised again, with everything recorded.
     """
     check_names(session, steps)
     ends = time.monotonic() + 60 * session.minutes
-    for step in steps:
-        left = ends - time.monotonic()
-        if reason := _why_not(session, step, book, left):
-            say(f"{step.name}: {reason}")
-            continue
-        _run_step(session, step, book, min(step.seconds, left), say)
-        if session.archive is not None:
-            write_archive(book.folder, session.archive)
-    book.order(steps)
+    try:
+        for step in sorted(steps, key=book.was_tried):
+            if session.chooses(step):
+                _clean(step, book.folder)
+            left = ends - time.monotonic()
+            if reason := _why_not(session, step, book, left):
+                say(f"{step.name}: {reason}")
+                continue
+            _run_step(session, step, book, min(step.seconds, left), say)
+            if session.archive is not None:
+                write_archive(book.folder, session.archive)
+    finally:
+        book.order(steps)
 
 
 def _why_not(session: Session, step: Step, book: Book, left: float) -> str | None:
@@ -89,7 +95,7 @@ def _why_not(session: Session, step: Step, book: Book, left: float) -> str | Non
 def _run_step(
     session: Session, step: Step, book: Book, bound: float, say: Callable[[str], None]
 ) -> None:
-    told = max(bound - max(_MARGIN_SHARE * bound, _MARGIN_SECONDS), bound / 2)
+    told = max(bound - max(_MARGIN_SHARE * bound, step.margin), bound / 2)
     command = step.command(told)
     say(f"{step.name}: {step.about} (up to {bound:.0f} s)")
     book.start(step, command, bound)
@@ -108,7 +114,10 @@ def _run_step(
     except KeyboardInterrupt:
         book.end(step, "interrupted", None, "the runbook was interrupted")
         raise
-    absent = [name for name in step.files if not (book.folder / name).is_file()]
+    finally:
+        _clean(step, book.folder)
+    written = book.written(step)
+    absent = [name for name in step.files if name not in written]
     if ending.timed_out:
         book.end(step, "timed out", ending, f"was ended after {bound:.0f} s")
     elif ending.rc not in (0, step.early):
@@ -119,8 +128,16 @@ def _run_step(
         book.end(step, "done", ending, "ended before its last part" if ending.rc else "")
     record = book.records[-1]
     say(f"{step.name}: {record['status']} after {ending.seconds:.0f} s")
-    if record["status"] != "done":
-        say("".join(f"    {line}\n" for line in record["tail"][-5:]).rstrip())
+    if record["status"] != "done" and record["tail"]:
+        say("\n".join(f"    {line}" for line in record["tail"][-5:]))
+
+
+def _clean(step: Step, folder: Path) -> None:
+    """Removes the folders that a killed ``step`` could not remove itself."""
+    if step.scratch:
+        for path in folder.glob(f"{step.scratch}*"):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def environment(checkout: Path, given: Mapping[str, str]) -> dict[str, str]:
@@ -139,15 +156,27 @@ def environment(checkout: Path, given: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def write_archive(folder: Path, archive: Path) -> None:
-    """Everything in ``folder`` as one tar.gz, whole at every moment."""
+def write_archive(folder: Path, archive: Path) -> list[str]:
+    """The results in ``folder`` as one tar.gz, whole at every moment.
+
+    Gives the names of what is too large for results and left out; scratch folders are no results.
+    """
+    left_out = []
     archive.parent.mkdir(parents=True, exist_ok=True)
     partial = archive.with_name(f".{archive.name}.{os.getpid()}")
     try:
         with tarfile.open(partial, "w:gz") as packed:
             for path in sorted(folder.rglob("*")):
-                if path.is_file() and path != partial and path.resolve() != archive.resolve():
-                    packed.add(path, path.relative_to(folder).as_posix())
+                name = path.relative_to(folder)
+                scratch = len(name.parts) > 1 and name.parts[0].startswith(SCRATCH)
+                itself = path == partial or path.resolve() == archive.resolve()
+                if scratch or itself or not path.is_file():
+                    continue
+                if path.stat().st_size > ARCHIVED_BYTES:
+                    left_out.append(name.as_posix())
+                else:
+                    packed.add(path, name.as_posix())
         os.replace(partial, archive)
     finally:
         partial.unlink(missing_ok=True)
+    return left_out

@@ -29,6 +29,9 @@ PEERS_DRY = "--workload small --pages 2 --generated 3 --lists 1".split()
 GPU_LIBRARIES = ("llmcompressor", "compressed_tensors")
 _CALL = ("-m", "mmr5_bench.runbook.call")
 ENVIRONMENT = "environment.json"
+EARLY = 75  # EX_TEMPFAIL: no exit status of a crash
+SCRATCH = "export-"  # how folders begin that hold a whole checkpoint for a while
+MARGIN_SECONDS, CUDA_MARGIN_SECONDS = 5.0, 25.0  # a device takes long to be left
 EXPORT_BYTES = 30_000_000_000  # the checkpoint of 16.6 GB, the engine, and some room
 
 
@@ -37,7 +40,9 @@ class Step:
     """One step. ``group`` selects several at once; ``files`` are those it writes, in the folder of
     results; ``seconds`` is its bound, and it is not started with less than ``least`` left;
     ``needs`` are modules, and ``disk_bytes`` free disk, without which it cannot run; ``early`` is
-    the exit status by which it says that its time was over before its last part."""
+    the exit status by which it says that its time was over before its last part. Of its bound it
+    is told all but ``margin`` seconds, in which it writes what it has and ends. Folders beginning
+    with ``scratch`` are its own and are removed before and after it."""
 
     name: str
     group: str
@@ -49,6 +54,8 @@ class Step:
     needs: tuple[str, ...] = ()
     disk_bytes: int = 0
     early: int | None = None
+    margin: float = MARGIN_SECONDS
+    scratch: str = ""
 
     def missing(self) -> str | None:
         """Why it cannot run here; None when it can."""
@@ -77,21 +84,22 @@ def plan_steps(checkout: Path, out: Path, *, dry_run: bool) -> list[Step]:
         ),
         plan.gpu_tests(),
     ]
-    quants = ("int4", "bf16", "int8")
-    lists = ("10", "5", "20")
-    seconds = {"int4": (240, 45), "bf16": (150, 30), "int8": (240, 45)}
-    for quant in quants:
-        steps.append(
-            plan.reranks(f"reranks-{quant}", quant, "mmdocir", lists, ("110",), seconds[quant])
-        )
-    for quant in quants:
-        name = f"lengths-{quant}"
-        steps.append(plan.reranks(name, quant, "mmdocir", ("10",), ("30", "300"), (120, 30)))
+    usual, both = ("10", "5"), ("int4", "bf16")
+
+    def reranks(
+        group: str, workload: str, pages: Sequence[str], generated: Sequence[str], *quants: str
+    ) -> None:
+        for quant in quants:
+            name = f"{group}-{quant}"
+            steps.append(plan.reranks(name, quant, workload, pages, generated, (150, 45)))
+
+    reranks("reranks", "mmdocir", usual, ("110",), *both)
     steps += [plan.peers(), plan.kernels(), plan.reuse()]
-    for workload in ("dense", "vidore"):
-        for quant in ("int4", "bf16"):
-            name = f"{workload}-{quant}"
-            steps.append(plan.reranks(name, quant, workload, ("10", "5"), ("110",), (150, 40)))
+    reranks("reranks", "mmdocir", usual, ("110",), "int8")
+    reranks("lengths", "mmdocir", ("10",), ("30", "300"), *both)
+    reranks("lists20", "mmdocir", ("20",), ("110",), *both)
+    reranks("dense", "dense", usual, ("110",), *both)
+    reranks("vidore", "vidore", usual, ("110",), *both)
     export = plan.module_step(
         "export",
         "a whole checkpoint to int4, rounded to nearest",
@@ -99,7 +107,8 @@ def plan_steps(checkout: Path, out: Path, *, dry_run: bool) -> list[Step]:
         (600, 240),
         ("export.json",),
     )
-    return [*steps, export if dry_run else replace(export, disk_bytes=EXPORT_BYTES)]
+    needed = 0 if dry_run else EXPORT_BYTES
+    return [*steps, replace(export, disk_bytes=needed, scratch=SCRATCH)]
 
 
 @dataclass(frozen=True)
@@ -149,7 +158,7 @@ class _Plan:
             "gpu-tests",
             f"the tests of the CUDA path{without}",
             lambda bound: [*command, "-q", "-p", "no:cacheprovider"],
-            (180, 20),
+            (90, 20),
             needs=("pytest", "hypothesis", "transformers"),
         )
 
@@ -217,7 +226,7 @@ class _Plan:
             (300, 60),
             ("reuse-7b.json",),
         )
-        return replace(step, early=1)
+        return replace(step, early=EARLY)
 
     def step(
         self,
@@ -230,7 +239,8 @@ class _Plan:
         needs: tuple[str, ...] = (),
     ) -> Step:
         bound, least = (60.0, 1.0) if self.dry_run else seconds
-        return Step(name, group, about, command, bound, least, files, needs)
+        margin = MARGIN_SECONDS if self.dry_run else CUDA_MARGIN_SECONDS
+        return Step(name, group, about, command, bound, least, files, needs, margin=margin)
 
 
 def _without_ceilings(options: Sequence[str]) -> list[str]:
