@@ -79,7 +79,7 @@ report: $(DEV)
 	$(BIN)/mmr5-bench report $(LATENCY_RESULTS) $(PEERS_RESULTS) -o build/report.html
 
 bench-gpu: $(OWN_ENV)
-	PY=$(PY) benchmarks/gpu/run.sh --out benchmarks/results/gpu
+	PYTHON=$(PY) benchmarks/gpu/run.sh --out benchmarks/results/gpu
 
 $(BIN)/python:
 	@for python in $(PYTHON) python3 python3.11 python3.12 python3.13; do \

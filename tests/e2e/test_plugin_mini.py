@@ -65,6 +65,7 @@ def test_cells_of_mini(pytester: pytest.Pytester, mini_int4: Path) -> None:
     for entry in entries.values():
         mean = sum(entry["samples_ms"]) / 2
         assert sum(entry["stages_ms"].values()) == pytest.approx(mean)
+        assert len(entry["pace_ms"]) == 2 and min(entry["pace_ms"]) > 0
 
 
 def test_orders_are_held_against_the_reference(pytester: pytest.Pytester, mini_int4: Path) -> None:

@@ -265,3 +265,24 @@ def test_the_command_names_what_is_wrong(
     assert "none.json cannot be read" in capsys.readouterr().err
     assert main(["compare", *[str(tmp_path / "a.json")] * 2]) == 1
     assert "time of 0 ms" in capsys.readouterr().err
+
+
+def test_a_pace_takes_the_machine_out() -> None:
+    draw = random.Random(5)
+    before = run_of(5, entries=8)
+    after = copy.deepcopy(before)
+    for old, new in zip(before["entries"], after["entries"], strict=True):
+        busy = [draw.uniform(1.0, 1.8) for _ in old["samples_ms"]]
+        old["pace_ms"] = [8.0] * len(busy)
+        new["pace_ms"] = [8.0 * b for b in busy]
+        new["samples_ms"] = [ms * b for ms, b in zip(old["samples_ms"], busy, strict=True)]
+    rules = [parse_rule("p50:10%"), parse_rule("p95:10%")]
+    assert not compare(before, after, rules)["failed"]
+    for new in after["entries"]:
+        new["samples_ms"] = [1.2 * ms for ms in new["samples_ms"]]
+    result = compare(before, after, rules)
+    assert result["failed"] and {row["note"] for row in result["rows"]} == {"at one pace"}
+    assert [row["ratio"]["value"] for row in result["rows"]] == pytest.approx([1.2] * 16)
+    for new in after["entries"]:
+        del new["pace_ms"]  # known of one run only, it is of no use
+    assert {row["note"] for row in compare(before, after, rules)["rows"]} == {""}

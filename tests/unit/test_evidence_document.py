@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mmr5_bench.evidence.ceilings import measure_ceilings
 from mmr5_bench.evidence.document import (
@@ -21,6 +22,7 @@ from mmr5_bench.evidence.gpu import GpuSampler
 from mmr5_bench.evidence.machine import DECIDING, describe_machine, machine_differences
 from mmr5_bench.evidence.memory import PeakMemory, resident_bytes
 from mmr5_bench.evidence.observe import entry_of, observation, observe, work_id
+from mmr5_bench.evidence.pace import Pace
 from mmr5_bench.evidence.statistics import STATISTICS, latency_summary
 from mmr5_bench.files import append_lines, read_json, read_lines, write_json, write_text
 from mmr5_runtime.loading import EngineInfo
@@ -109,6 +111,8 @@ def test_observing_times_the_call() -> None:
         ({"samples_ms": []}, "samples_ms"),
         ({"samples_ms": [1, "2"]}, "samples_ms"),
         ({"samples_ms": [-1.0]}, "below zero"),
+        ({"pace_ms": [8.0]}, "one time per round"),
+        ({"pace_ms": [8.0, 0.0]}, "above 0 ms"),
         ({"latency_ms": {}}, "lacks latency_ms.p50"),
         ({"latency_ms": dict.fromkeys(STATISTICS, 3)}, "latency_ms.p50"),
         ({"ttft_ms": [1]}, "ttft_ms"),
@@ -224,3 +228,9 @@ def test_lists_are_lists_of_objects(key: str, value: Any, tmp_path: Path) -> Non
     (tmp_path / "e.json").write_text(json.dumps({**_evidence(), key: value}))
     with pytest.raises(ValueError, match=f"e.json.*{key}"):
         load_evidence(tmp_path / "e.json")
+
+
+def test_the_pace_is_of_work_that_is_always_the_same() -> None:
+    first, second = Pace("cpu"), Pace("cpu")
+    assert torch.equal(first._weight, second._weight) and torch.equal(first._input, second._input)
+    assert first.time_ms() > 0

@@ -35,8 +35,9 @@ class Entry(TypedDict, total=False):
     budget, prompts, and options that change what is computed. ``samples_ms`` has one wall time per
     round; round i of entries with equal ``work`` is the same list. ``latency_ms`` is
     :func:`~mmr5_bench.evidence.statistics.latency_summary` of it. ``quality`` has an Interval per
-    metric and ``cases``, their number. ``ratios`` has each statistic over that of the run's
-    baseline, paired by list, where there is one.
+    metric and ``cases``, their number. ``pace_ms`` says how long a fixed piece of work took around
+    each round (see ``pace``), where that was measured. ``ratios`` has each statistic over that of
+    the run's baseline, paired by list, where there is one.
     """
 
     name: Required[str]
@@ -45,6 +46,7 @@ class Entry(TypedDict, total=False):
     work: Required[str]
     samples_ms: Required[list[float]]
     latency_ms: Required[dict[str, Interval]]
+    pace_ms: list[float]
     warmup: int
     ttft_ms: dict[str, Interval]
     per_token_ms: dict[str, Interval]
@@ -173,6 +175,11 @@ def validate_entry(entry: Any) -> Entry:
         raise ValueError(f"entry {name!r}: samples_ms has to be a list of times in ms")
     if min(samples) < 0:
         raise ValueError(f"entry {name!r}: samples_ms has a time below zero")
+    pace = entry.get("pace_ms", [1.0] * len(samples))
+    if not isinstance(pace, list) or len(pace) != len(samples):
+        raise ValueError(f"entry {name!r}: pace_ms has to be a list of one time per round")
+    if not all(_is_number(value) and value > 0 for value in pace):
+        raise ValueError(f"entry {name!r}: pace_ms has what is no time above 0 ms")
     if missing := [key for key in STATISTICS if key not in _mapping(entry, "latency_ms")]:
         raise ValueError(f"entry {name!r} lacks latency_ms.{missing[0]}; measure again")
     for key in _SUMMARIES:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from statistics import mean
 from typing import Any, Protocol
 
 from mmr5_bench.evidence.document import Entry, validate_entry
 from mmr5_bench.evidence.gpu import GpuSampler
 from mmr5_bench.evidence.memory import PeakMemory
 from mmr5_bench.evidence.observe import Observation, entry_of, observation, observe
+from mmr5_bench.evidence.pace import Pace
 from mmr5_bench.evidence.quality import Judged, quality_of
 from mmr5_bench.plugin.axes import cell_name, group_name
 from mmr5_bench.plugin.case import BenchCase
@@ -41,6 +43,7 @@ class PedanticBenchmark(Protocol):
         target: Callable[..., Any],
         *,
         setup: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]],
+        teardown: Callable[..., None],
         rounds: int,
         warmup_rounds: int,
         iterations: int,
@@ -117,9 +120,10 @@ class RerankBenchmark:
             recording.begin()
         self._benchmark.group = group_name(name.partition("[")[0], axes)
         seen: dict[int, Observation] = {}
+        paces: dict[int, list[float]] = {}
         try:
             with runnable(target) as call:
-                memory, gpu = self._measure(call, setup, rounds, warmup, seen)
+                memory, gpu = self._measure(call, setup, rounds, warmup, seen, paces)
         except BaseException as error:
             # Also for Ctrl-C, after which pytest-benchmark would take what is there for the whole.
             self._benchmark.has_error = True
@@ -144,6 +148,7 @@ class RerankBenchmark:
                 gpu=gpu.summary(),
                 note=note,
             )
+            entry["pace_ms"] = [mean(paces[number]) for number in sorted(paces) if number >= 0]
             try:
                 if judge is not None:
                     entry["quality"] = quality_of(judge(results))
@@ -158,21 +163,33 @@ class RerankBenchmark:
         rounds: int,
         warmup: int,
         seen: dict[int, Observation],
+        paces: dict[int, list[float]],
     ) -> tuple[PeakMemory, GpuSampler]:
-        """Runs all rounds; ``seen`` has them by number."""
+        """Runs all rounds; ``seen`` has them by number, ``paces`` the pace before and after."""
+        pace = Pace(self._recording.device)
         device, share = self._recording.device, self._recording.settings.slowdown
         numbers = itertools.count(0 if self._benchmark.disabled else -warmup)
 
         def prepare() -> tuple[tuple[Any, ...], dict[str, Any]]:
             number = min(next(numbers), rounds - 1)  # --benchmark-cprofile asks once more
-            return (number, () if setup is None else setup(number)), {}
+            arguments = () if setup is None else setup(number)
+            paces[number] = [pace.time_ms()]
+            return (number, arguments), {}
+
+        def after(number: int, arguments: tuple[Any, ...]) -> None:
+            paces[number].append(pace.time_ms())
 
         def timed(number: int, arguments: tuple[Any, ...]) -> None:
             seen[number] = observe(lambda: _slowed(call, arguments, share), device)
 
         with PeakMemory(device) as memory, GpuSampler(device) as gpu:
             self._benchmark.pedantic(
-                timed, setup=prepare, rounds=rounds, warmup_rounds=warmup, iterations=1
+                timed,
+                setup=prepare,
+                teardown=after,
+                rounds=rounds,
+                warmup_rounds=warmup,
+                iterations=1,
             )
         return memory, gpu
 

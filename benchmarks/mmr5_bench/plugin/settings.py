@@ -144,8 +144,9 @@ def read_settings(config: pytest.Config) -> Settings:
         raise pytest.UsageError(_absent("--mmr5-reference", reference))
     written = get("benchmark_json", None)
     # Before 5.3 pytest-benchmark gives the opened file.
-    named = written is None or isinstance(written, str | os.PathLike)
-    json_path = (Path(written) if written else None) if named else Path(written.name)
+    if written is not None and not isinstance(written, str | os.PathLike):
+        written = written.name
+    json_path = Path(written) if written else None
     journal: Path | None = get("mmr5_journal")
     if journal is None and json_path is not None:
         journal = json_path.with_suffix(".jsonl")

@@ -2,7 +2,7 @@
 
 pairs of entries -> ratio with interval -> widened by the noise between entries -> verdict per rule
 
-Many comparisons are made at once, on machines that other people use, so three things stand between
+Many comparisons are made at once, on machines that other people use, so four things stand between
 a ratio and ``regressed``:
 
 * *Level.* Intervals have level 1 - 0.05 / m for m comparisons (entries x latency rules), so that
@@ -16,8 +16,13 @@ a ratio and ``regressed``:
   ``regressed`` when the ratio exceeds what is allowed and its interval exceeds half of that: half
   way from nothing to twice the allowance is where both errors are least.
 
-Measured on simulated runs, 100 per figure: lists that differ fourfold in length, 5 % noise, one
-round in 25 taking 1.3 to 2 times as long, each run off by up to 2.5 % (4 %) and every entry by 2 %.
+* *Pace.* Where both runs timed a fixed piece of work around every round (the pytest plugin and
+  ``mmr5-bench latency`` do, see ``evidence.pace``), the second is brought to the pace of the first,
+  round by round: what a busy neighbour slows slows that as well.
+
+Measured on simulated runs without a pace, 100 per figure: lists that differ fourfold in length, 5 %
+noise, one round in 25 taking 1.3 to 2 times as long, each run off by up to 2.5 % (4 %) and every
+entry by 2 %.
 With ``p95:10%`` and 24 entries of 12 rounds an identical rerun fails 0 (0) times in 100, and one
 slower by 20 % fails 100 (99) times; with 20 rounds 0 (0) and 100 (100) times; 6 entries of 12
 rounds 0 and 94 times. When a neighbour makes one entry in ten slower by 10 to 50 % from its first
@@ -156,6 +161,8 @@ def _row(pair: tuple[Entry, Entry], rule: LatencyRule, ratio: Interval) -> Row:
         notes.append(f"first {rounds} rounds of each")
     if any((entry.get("gpu") or {}).get("throttled") for entry in pair):
         notes.append("GPU throttled")
+    if _paced(pair):
+        notes.append("at one pace")
     old, new = (_statistic(taken, rule.statistic) for taken in samples)
     return {
         "name": pair[0]["name"],
@@ -228,12 +235,22 @@ def _ratio(pair: tuple[Entry, Entry], statistic: Latency, level: float) -> Inter
 
 
 def _rounds(pair: tuple[Entry, Entry]) -> Pair:
-    """Rounds that both have; round i is the same list, so the first ones are pairs."""
+    """Rounds that both have; round i is the same list, so the first ones are pairs.
+
+    Where both runs know the machine's pace, ``after`` is brought to the pace of ``before``.
+    """
     count = min(len(entry["samples_ms"]) for entry in pair)
     before, after = (np.asarray(entry["samples_ms"][:count], dtype=np.float64) for entry in pair)
     if min(before.min(), after.min()) <= 0:
         raise ValueError(f"entry {pair[0]['name']!r} has a time of 0 ms; measure again")
+    if _paced(pair):
+        slow, now = (np.asarray(e["pace_ms"][:count], dtype=np.float64) for e in pair)
+        after = after * slow / now
     return before, after
+
+
+def _paced(pair: tuple[Entry, Entry]) -> bool:
+    return all("pace_ms" in entry for entry in pair)
 
 
 def _statistic(samples: Floats, statistic: Latency) -> float:
