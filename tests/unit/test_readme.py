@@ -62,7 +62,7 @@ def test_a_peers_table_has_ratios_to_the_baseline() -> None:
     ours = _timed("ours", ratios={"p50": ratio, "p95": ratio}, quality={"identical": share})
     table = table_of({**_document(), "entries": [_timed("transformers"), ours]}, "mini-peers")[1]
     assert "| 5 | transformers | 150 [100, 200] | 195 [100, 200] | 40 | 1 | 1 |  |  |" in table
-    assert "| 0.50 [0.40, 0.60] | 0.50 [0.40, 0.60] | 100 % |  |" in table
+    assert "| 0.50 [0.40, 0.60] | 0.50 [0.40, 0.60] | 100 % [90, 100] |  |" in table
 
 
 def test_nothing_measured_has_no_table() -> None:

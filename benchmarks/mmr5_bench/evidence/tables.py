@@ -29,7 +29,9 @@ def _latency(entries: Sequence[Mapping[str, Any]]) -> str:
         axes, quality = entry["axes"], entry.get("quality", {})
         rows.append(
             (
-                *(str(axes.get(axis, "")) for axis in ("pages", "quant", "cache", "stop", "think")),
+                str(axes.get("pages", "")),
+                _engine(entry),
+                *(str(axes.get(axis, "")) for axis in ("cache", "stop", "think")),
                 _time(entry["latency_ms"]["p50"]),
                 _time(entry["latency_ms"]["p95"]),
                 _median(entry, "ttft_ms", ".0f"),
@@ -78,7 +80,9 @@ def _origin(document: Mapping[str, Any]) -> str:
     machine, origin = document["machine"], document["provenance"]
     rounds = sorted({len(entry["samples_ms"]) for entry in document["entries"]})
     lists = f"{' to '.join(map(str, rounds))} lists per row; " if rounds else ""
-    where = machine.get("gpu") or f"{machine.get('host_cpu')}, {machine.get('threads')} threads"
+    threads = machine.get("threads")
+    processor = f"{machine.get('host_cpu')}, {threads} thread{'' if threads == 1 else 's'}"
+    where = machine.get("gpu") or processor
     brackets = "95 % intervals in brackets; first token and per token: medians, ms."
     return (
         f"{document['note'].rstrip('.')}. {lists}{brackets} {where}, torch {origin['torch']}, "
@@ -89,6 +93,12 @@ def _origin(document: Mapping[str, Any]) -> str:
 def _markdown(head: Sequence[str], rows: Rows, texts: int) -> str:
     rule = [":--"] * texts + ["--:"] * (len(head) - texts)
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
+
+
+def _engine(entry: Mapping[str, Any]) -> str:
+    """What was asked, and through what if not through ``rerank``."""
+    base, quant = entry["name"].partition("[")[0], str(entry["axes"].get("quant", ""))
+    return quant if base == "rerank" else f"{quant}, {base}"
 
 
 def _time(interval: Mapping[str, float]) -> str:
@@ -108,7 +118,10 @@ def _fraction(interval: Mapping[str, float] | None) -> str:
 
 
 def _share(interval: Mapping[str, float] | None) -> str:
-    return "" if interval is None else f"{100 * interval['value']:.0f} %"
+    if interval is None:
+        return ""
+    value, low, high = (round(100 * interval[end]) for end in ("value", "low", "high"))
+    return f"{value} % [{low}, {high}]"
 
 
 def _median(entry: Mapping[str, Any], key: str, form: str) -> str:
