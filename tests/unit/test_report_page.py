@@ -150,8 +150,21 @@ def test_names_say_what_differs_and_the_rest_is_said_once() -> None:
     ]
     assert common == "stop eos"
     same = [entry("x", "ours"), entry("y", "ours")]
-    assert name_entries(same)[0] == ["ours x", "ours y"]
+    assert name_entries(same)[0] == ["ours, x", "ours, y"]
+    again = [*same, entry("y[pages=5]", "ours")]  # the base of the name does not tell them apart
+    assert name_entries(again)[0] == ["ours, x", "ours y", "ours y[pages=5]"]
     assert name_entries([]) == ([], "")
+
+
+def test_how_most_answers_end_is_said_once() -> None:
+    stops = ("determined", "determined", "determined", "eos")
+    entries = [
+        make_entry(f"rerank[{n}]", "ours", [1.0], axes={"pages": n, "stop": stop, "think": "full"})
+        for n, stop in enumerate(stops)
+    ]
+    labels, common = name_entries(entries)
+    assert labels == ["ours, 0 pages", "ours, 1 pages", "ours, 2 pages", "ours, 3 pages, eos stop"]
+    assert common == "think full, stop determined unless said"
 
 
 def test_a_baseline_is_compared_and_not_shown() -> None:

@@ -16,6 +16,7 @@ from mmr5_bench.report.compare import compare
 # What tells the rows of one list apart.
 _ABOUT = ("subject", "reason", "dataset", "axes", "op", "kernel", "format", "dtype", "shape")
 # Of these a number alone says nothing; what they count is said with it.
+_ENDING = ("stop", "think")
 _COUNTED = {"pages": "pages", "candidates": "pages", "batch": "requests", "budget": "tokens"}
 
 
@@ -125,27 +126,47 @@ def gather(sources: Sequence[Source], baseline: Source | None = None) -> Materia
 def name_entries(entries: Sequence[Entry]) -> tuple[list[str], str]:
     """A short name per entry (subject, and the axes in which entries differ), and what all share.
 
-    Entries that would have the same name are called by their full one.
+    How an answer ends is named only where it is not as with most. Entries that would have the same
+    name are called by their full one.
     """
     axes = list(dict.fromkeys(key for entry in entries for key in entry["axes"]))
     differing = [
         key for key in axes if len({repr(entry["axes"].get(key)) for entry in entries}) > 1
     ]
+    usual = {key: _usual(entries, key) for key in _ENDING if key in differing}
     labels = []
     for entry in entries:
         values = [
             _worded(key, entry["axes"][key])
             for key in differing
-            if key in entry["axes"] and str(entry["axes"][key]) not in entry["subject"].split()
+            if key in entry["axes"]
+            and str(entry["axes"][key]) not in entry["subject"].split()
+            and not (key in usual and entry["axes"][key] == usual[key])
         ]
         labels.append(", ".join([entry["subject"], *values]))
-    seen = Counter(labels)
-    labels = [
-        label if seen[label] == 1 else f"{entry['subject']} {entry['name']}"
-        for label, entry in zip(labels, entries, strict=True)
-    ]
+    labels = _told_apart(labels, [f"{a}, {_base(e)}" for a, e in zip(labels, entries, strict=True)])
+    labels = _told_apart(labels, [f"{entry['subject']} {entry['name']}" for entry in entries])
     shared = [key for key in axes if key not in differing] if entries else []
-    return labels, ", ".join(_worded(key, entries[0]["axes"][key], full=True) for key in shared)
+    told = [_worded(key, entries[0]["axes"][key], full=True) for key in shared]
+    told += [f"{key} {value} unless said" for key, value in usual.items() if value is not None]
+    return labels, ", ".join(told)
+
+
+def _told_apart(labels: Sequence[str], longer: Sequence[str]) -> list[str]:
+    """Labels, and the longer one where a label stands twice."""
+    seen = Counter(labels)
+    return [a if seen[a] == 1 else b for a, b in zip(labels, longer, strict=True)]
+
+
+def _usual(entries: Sequence[Entry], key: str) -> Any:
+    """What more than half of the entries have; None when no value is."""
+    value, count = Counter(entry["axes"].get(key) for entry in entries).most_common(1)[0]
+    return value if 2 * count > len(entries) else None
+
+
+def _base(entry: Entry) -> str:
+    """What was called: the name without its axes."""
+    return entry["name"].partition("[")[0]
 
 
 def _worded(key: str, value: Any, *, full: bool = False) -> str:
@@ -153,7 +174,9 @@ def _worded(key: str, value: Any, *, full: bool = False) -> str:
         return f"{value} {_COUNTED[key]}"
     if full or isinstance(value, bool | int | float) or value is None:
         return f"{key} {value}"
-    return f"{value} {key}" if key in ("cache", "think", "stop") else str(value)
+    if key == "think":
+        return f"think {value}"
+    return f"{value} {key}" if key in ("cache", "stop") else str(value)
 
 
 def _compared(before: Source, later: Sequence[Source]) -> tuple[dict[str, Any] | None, str]:
