@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from helpers.exporting import quick_export
+from helpers.peers_journal import last_run
 from mmr5_bench.evidence.document import Evidence, load_evidence, new_evidence
 from mmr5_bench.evidence.gpu import GpuSampler
 from mmr5_bench.evidence.machine import describe_machine
@@ -28,7 +29,6 @@ from mmr5_bench.peers.huggingface import (
     dense_model,
     replace_decoder_linears,
 )
-from mmr5_bench.peers.journal import last_run
 from mmr5_bench.peers.ours import OursPeer
 from mmr5_bench.peers.prompts import PromptReader
 from mmr5_bench.peers.run import Plan, run_peers, turns

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from helpers.answer_streams import random_text
+from helpers.peers_journal import last_run
 from helpers.reference_parser import reference_order
 from mmr5_bench.evidence.document import Entry
 from mmr5_bench.peers.base import (
@@ -29,7 +30,7 @@ from mmr5_bench.peers.base import (
     check,
 )
 from mmr5_bench.peers.contenders import all_peers, choose_peers
-from mmr5_bench.peers.journal import Journal, journal_path, last_run
+from mmr5_bench.peers.journal import Journal, journal_path
 from mmr5_bench.peers.names import PEERS
 from mmr5_bench.peers.prompts import PromptReader
 from mmr5_bench.peers.reference_answer import read_as_reference

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from helpers.plugin_runs import CLOCK, measured, plugin_options, run_pytest
-from mmr5_bench.plugin.journal import evidence_from_journal
+from mmr5_bench.evidence.document import load_evidence
 
 pytest_plugins = ["pytester"]
 USAGE_ERROR = int(pytest.ExitCode.USAGE_ERROR)
@@ -360,7 +360,7 @@ def test_b(mmr5_benchmark):
     assert [entry["name"] for entry in kept["entries"]] == ["own[pages=2]"]
     interrupted = {"subject": "own: b", "reason": "KeyboardInterrupt after 1 of 4 rounds"}
     assert kept["skipped"] == [interrupted]
-    journal = evidence_from_journal(pytester.path / "out.jsonl")
+    journal = load_evidence(pytester.path / "out.jsonl")
     assert (journal["entries"], journal["skipped"]) == (kept["entries"], kept["skipped"])
 
 
@@ -385,6 +385,6 @@ def test_a_killed_run_leaves_its_journal(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(FIRST + "\ndef test_b():\n    import os\n    os._exit(9)\n")
     result = run_pytest(pytester, "--mmr5-journal=kept/run.jsonl", subprocess=True)
     assert result.ret == 9
-    kept = evidence_from_journal(pytester.path / "kept" / "run.jsonl")
+    kept = load_evidence(pytester.path / "kept" / "run.jsonl")
     assert [entry["name"] for entry in kept["entries"]] == ["own[pages=2]"]
     assert kept["machine"]["torch"]

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmr5_bench.evidence.document import load_evidence, new_evidence
 from mmr5_bench.evidence.statistics import STATISTICS
 from mmr5_bench.plugin.axes import AXES, cell_name, group_name, make_cells
-from mmr5_bench.plugin.journal import Journal, evidence_from_journal
+from mmr5_bench.plugin.journal import Journal
 from mmr5_bench.plugin.settings import CACHES, STOPS, THINKS, Settings
 
 ENGINES = ("bf16", "int8", "int4")
@@ -139,7 +140,7 @@ def test_a_cut_off_journal_keeps_every_whole_entry(
 ) -> None:
     path = tmp_path_factory.mktemp("journal") / "new" / "run.jsonl"
     journal = Journal(path)
-    journal.begin({"title": "first"})
+    journal.begin(new_evidence("first", "", {}))
     for name in "abc":
         journal.append({"entry": entry(name)})
     journal.append({"skipped": {"subject": "d", "reason": "KeyboardInterrupt"}})
@@ -148,24 +149,24 @@ def test_a_cut_off_journal_keeps_every_whole_entry(
     ends = [at + 1 for at in range(len(data)) if data[at : at + 2] == b"}\n"]
     whole = sum(end <= cut for end in ends[1:4])
     if again:
-        journal.begin({"title": "second"})
+        journal.begin(new_evidence("second", "", {}))
         journal.append({"entry": entry("z")})
-        found = evidence_from_journal(path)
+        found = load_evidence(path)
         assert (found["title"], [e["name"] for e in found["entries"]]) == ("second", ["z"])
     elif whole:
-        found = evidence_from_journal(path)
+        found = load_evidence(path)
         assert found["title"] == "first"
         assert [e["name"] for e in found["entries"]] == list("abc"[:whole])
         assert len(found["skipped"]) == (ends[4] <= cut)
     else:
         with pytest.raises(ValueError, match="has no finished entry"):
-            evidence_from_journal(path)
+            load_evidence(path)
 
 
 def test_a_run_without_an_entry_does_not_hide_the_one_before(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "run.jsonl")
-    journal.begin({"title": "first"})
+    journal.begin(new_evidence("first", "", {}))
     journal.append({"entry": entry("a")})
-    journal.begin({"title": "second"})
+    journal.begin(new_evidence("second", "", {}))
     journal.append({"skipped": {"subject": "a", "reason": "KeyboardInterrupt"}})
-    assert evidence_from_journal(tmp_path / "run.jsonl")["title"] == "first"
+    assert load_evidence(tmp_path / "run.jsonl")["title"] == "first"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Required, TypedDict
 
 from mmr5_bench.evidence.statistics import STATISTICS, Interval, latency_summary
-from mmr5_bench.files import read_json, write_json
+from mmr5_bench.files import read_json, read_lines, write_json
 
 KIND = "mmr5-evidence"
 SCHEMA = 1
@@ -115,8 +115,14 @@ def new_evidence(title: str, note: str, machine: Mapping[str, Any]) -> Evidence:
 
 
 def load_evidence(path: Path) -> Evidence:
-    """Reads one result file of either form; ValueError naming the file for anything else."""
-    data = read_json(path, "name a result file that was written to its end")
+    """Reads one result file of either form, or the ``.jsonl`` that a killed run left behind.
+
+    ValueError naming the file for anything else.
+    """
+    if path.suffix == ".jsonl":
+        data = _last_run(path)
+    else:
+        data = read_json(path, "name a result file that was written to its end")
     if not isinstance(data, dict):
         raise ValueError(
             f"{path} holds no evidence; write it with mmr5-bench or pytest benchmarks/"
@@ -237,6 +243,23 @@ def _is_interval(value: Any) -> bool:
     return isinstance(value, dict) and all(
         _is_number(value.get(k)) for k in ("value", "low", "high")
     )
+
+
+def _last_run(path: Path) -> dict[str, Any]:
+    """The last run of the plugin's journal that finished an entry."""
+    last: dict[str, Any] | None = None
+    run: dict[str, Any] | None = None
+    for _, data in read_lines(path):
+        if isinstance(head := data.get("evidence"), dict):
+            run = {**head, "entries": [], "skipped": []}
+        elif run is not None and "entry" in data:
+            run["entries"].append(data["entry"])
+            last = run
+        elif run is not None and "skipped" in data:
+            run["skipped"].append(data["skipped"])
+    if last is None:
+        raise ValueError(f"{path} has no finished entry; measure again")
+    return last
 
 
 def _from_pytest(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
