@@ -258,7 +258,11 @@ def _last_run(path: Path) -> dict[str, Any]:
         elif run is not None and "skipped" in data:
             run["skipped"].append(data["skipped"])
     if last is None:
-        raise ValueError(f"{path} has no finished entry; measure again")
+        what = "has no finished entry" if path.is_file() else "is no file and has no finished entry"
+        raise ValueError(
+            f"{path} {what}; name a result file, or the .jsonl of mmr5-bench latency or pytest "
+            "benchmarks/"
+        )
     return last
 
 

@@ -22,7 +22,10 @@ _COPY_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 
 
 class Pace:
-    """The work, ready on ``device``: small products and a copy, as decoding is made of both."""
+    """The work, ready on ``device``: small products and a copy, as decoding is made of both.
+
+    Holds 33 MiB, on CUDA 544 MiB, which an entry's peak memory includes.
+    """
 
     def __init__(self, device: str = "cpu") -> None:
         self._device = torch.device(device)

@@ -166,8 +166,8 @@ class RerankBenchmark:
         paces: dict[int, list[float]],
     ) -> tuple[PeakMemory, GpuSampler]:
         """Runs all rounds; ``seen`` has them by number, ``paces`` the pace before and after."""
-        pace = Pace(self._recording.device)
         device, share = self._recording.device, self._recording.settings.slowdown
+        pace = Pace(device)
         numbers = itertools.count(0 if self._benchmark.disabled else -warmup)
 
         def prepare() -> tuple[tuple[Any, ...], dict[str, Any]]:

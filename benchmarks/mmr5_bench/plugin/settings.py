@@ -143,7 +143,7 @@ def read_settings(config: pytest.Config) -> Settings:
     if reference is not None and not is_engine(reference):
         raise pytest.UsageError(_absent("--mmr5-reference", reference))
     written = get("benchmark_json", None)
-    # Before 5.3 pytest-benchmark gives the opened file.
+    # An older pytest-benchmark in an environment that does not measure gives the opened file.
     if written is not None and not isinstance(written, str | os.PathLike):
         written = written.name
     json_path = Path(written) if written else None

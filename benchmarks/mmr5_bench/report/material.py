@@ -15,8 +15,9 @@ from mmr5_bench.report.compare import compare
 
 # What tells the rows of one list apart.
 _ABOUT = ("subject", "reason", "dataset", "axes", "op", "kernel", "format", "dtype", "shape")
-# Of these a number alone says nothing; what they count is said with it.
+# How an answer ends; named only where it is not as with most.
 _ENDING = ("stop", "think")
+# Of these a number alone says nothing; what they count is said with it.
 _COUNTED = {"pages": "pages", "candidates": "pages", "batch": "requests", "budget": "tokens"}
 
 

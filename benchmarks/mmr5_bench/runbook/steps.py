@@ -30,7 +30,7 @@ GPU_LIBRARIES = ("llmcompressor", "compressed_tensors")
 _CALL = ("-m", "mmr5_bench.runbook.call")
 ENVIRONMENT = "environment.json"
 EARLY = 75  # EX_TEMPFAIL: no exit status of a crash
-SCRATCH = "export-"  # how folders begin that hold a whole checkpoint for a while
+SCRATCH = "export-scratch-"  # how folders begin that hold a whole checkpoint for a while
 MARGIN_SECONDS, CUDA_MARGIN_SECONDS = 5.0, 25.0  # a device takes long to be left
 EXPORT_BYTES = 30_000_000_000  # the checkpoint of 16.6 GB, the engine, and some room
 
