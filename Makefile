@@ -19,8 +19,8 @@ PEERS := transformers transformers-sampled transformers-static \
 MINI_ENGINES := $(shell benchmarks/mini-engines.sh --names)
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
-INPUTS := pyproject.toml constraints.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -c constraints-cpu.txt
+INPUTS := pyproject.toml constraints.txt constraints-cpu.txt
 DEV := $(VENV)/.installed-dev
 DEMO := $(VENV)/.installed-demo
 # An interpreter given by hand is never installed into.
@@ -40,7 +40,7 @@ check: $(DEV)
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/python -m pytest -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile
 
 demo: $(DEMO)
 	$(BIN)/mmr5-export --model mini --quant int4 --output $(MINI_ENGINE) --force

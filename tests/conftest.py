@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.tiny import make_hf_model, tiny_configs, write_checkpoint
+# Triton reads it when it is first imported, which transformers does. With a GPU the kernels run on
+# that.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from helpers.tiny import make_hf_model, tiny_configs, write_checkpoint  # noqa: E402
+
+# pytest-benchmark would switch itself off in the runs that tests of the benchmark plugin start.
+os.environ.pop("PYTEST_XDIST_WORKER", None)
 
 # A run in the background starts with SIGINT ignored; the tests of Ctrl-C need it as in a terminal.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -26,7 +26,7 @@ def test_measures_the_product_of_the_axes(
     assert axes == [(quant, cache) for quant in ("plain", "small") for cache in ("cold", "seen")]
     assert all(len(entry["samples_ms"]) == 2 for entry in evidence["entries"])
     assert evidence["title"] == "Of a test" and "ceilings" not in evidence
-    assert evidence["provenance"]["command"].startswith("mmr5-bench ")
+    assert evidence["provenance"]["command"].startswith("mmr5-bench")
     last = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert [entry["name"] for entry in last["entries"]] == [e["name"] for e in evidence["entries"]]
     assert output.with_suffix(".jsonl").is_file()
