@@ -1,16 +1,7 @@
-"""Which kernel computes a linear: one table, read from top to bottom.
+"""A linear prepared and run by the kernel that :mod:`mmr5_kernels.table` has for it.
 
 A weight is prepared once, at load, into the layouts its kernels read; only those are kept, so a
-repacked weight does not also keep its stored form. Rows name a family of formats:
-
-=============== ===========================================================================
-``dense``       no format
-``int4``        int4 of any group size, symmetric or not, with bf16 scales
-``int8_row``    weight-only int8 with one bf16 scale per row
-``weight_only`` every other weight-only format: int8 in groups, fp16 or fp32 scales
-``int8``        W8A8 in int8
-``fp8``         W8A8 in float8_e4m3fn
-=============== ===========================================================================
+repacked weight does not also keep its stored form.
 
 Tolerances against :mod:`reference`, as tested at M on both sides of every switch:
 
@@ -21,6 +12,11 @@ Tolerances against :mod:`reference`, as tested at M on both sides of every switc
   each weight to bf16 before multiplying, the kernel does not: against fp64 it is the better of the
   two (1.7e-3 and 2.2e-3). Zero points are taken times their scale and rounded to bf16, which
   inputs that are far from zero on average make visible (2.2e-3 and 1.7e-3).
+* ``int4_skinny``, ``int8_row_skinny``: the same 4e-3, and against fp64 at least as near as the
+  reference: codes are multiplied exactly and only sums are rounded, zero points included.
+* ``int4_w4_cuda``: 5e-3, and 1.2e-2 where SwiGLU counts the reference's rounding of weights twice.
+* ``int8_skinny``: equal bit for bit. ``fp8_skinny``, ``dense_skinny``: the same products in another
+  order, then one rounding to bf16 (2e-3 by root mean square at most).
 """
 
 from __future__ import annotations
@@ -28,53 +24,47 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from mmr5_kernels import cpu, reference
+from mmr5_kernels import cpu, fused, prefill, reference
+from mmr5_kernels.cuda import w4_layout, w4_linear
+from mmr5_kernels.fused import Norm
 from mmr5_kernels.layout import INT4_PER_WORD, Format
 from mmr5_kernels.reference import Parts
-
-_ANY_M = 1 << 62
-
-
-def family(format: Format | None) -> str:
-    """The family of the table that a format belongs to; None is a dense weight."""
-    if format is None:
-        return "dense"
-    if format.activations:
-        return format.activations
-    if format.scale == "bf16" and format.weights == "int4":
-        return "int4"
-    if format.scale == "bf16" and format.group_size is None:
-        return "int8_row"
-    return "weight_only"
+from mmr5_kernels.skinny_layout import pack_skinny
+from mmr5_kernels.table import ANY_M, TABLE, Row
+from mmr5_kernels.target import Target
 
 
 def _dense(x: Tensor, format: None, parts: Parts, bias: Tensor | None) -> Tensor:
     return linear(x, parts["weight"], bias)
 
 
+def _skinny(x: Tensor, prepared: Prepared, **around: Any) -> Tensor:
+    from mmr5_kernels.ops.skinny_linear import skinny_linear  # imports Triton
+
+    return skinny_linear(x.contiguous(), prepared, **around)
+
+
+def _w4_cuda(x: Tensor, prepared: Prepared, **around: Any) -> Tensor:
+    return w4_linear.w4_linear(x.contiguous(), prepared, **around)
+
+
 @dataclass(frozen=True)
 class Kernel:
-    """``run(x [M, K], format, operands, bias) -> [M, N]``, operands in the layout it names."""
+    """What computes a linear from the operands of one layout.
+
+    Either ``run(x [M, K], format, operands, bias)``, the linear alone, or ``fused(x, prepared,
+    norm=, residual=, swiglu=)``, which is :func:`mmr5_kernels.fused.fused_linear` in one launch.
+    """
 
     layout: str
-    run: Callable[..., Tensor]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: what it applies to, and the kernel."""
-
-    family: str
-    device_type: str
-    dtype: torch.dtype
-    kernel: str
-    rows_multiple: int = 1  # N must be a multiple of it
-    max_m: int = _ANY_M
+    run: Callable[..., Tensor] | None = None
+    fused: Callable[..., Tensor] | None = None
 
 
 KERNELS: Mapping[str, Kernel] = {
@@ -87,83 +77,42 @@ KERNELS: Mapping[str, Kernel] = {
     "int8_blocks": Kernel("stored", cpu.linear_int8_blocks),
     "fp8_reference": Kernel("stored", reference.linear_fp8),
     "fp8_rows": Kernel("stored", cpu.linear_fp8_rows),
+    "dense_skinny": Kernel("dense", fused=_skinny),
+    "int4_skinny": Kernel("skinny", fused=_skinny),
+    "int8_row_skinny": Kernel("stored", fused=_skinny),
+    "int8_skinny": Kernel("stored", fused=_skinny),
+    "fp8_skinny": Kernel("stored", fused=_skinny),
+    "int4_w4_cuda": Kernel(w4_linear.LAYOUT, fused=_w4_cuda),
+    "int4_expand": Kernel("skinny", prefill.int4_expand),
+    "int8_expand": Kernel("stored", prefill.int8_expand),
+    "int8_gemm": Kernel("stored", prefill.int8_gemm),
+    "int8_int_mm": Kernel("stored", prefill.int8_int_mm),  # in no row: a peer to time
+    "fp8_scaled_mm": Kernel("stored", prefill.fp8_scaled_mm),
 }
-
-# Thread time (the machine was shared) of one AVX2 core, N x K = 2048 x 2048, torch 2.13, in ms:
-#                      M = 1     8    17    256
-# int4 bf16  reference   5.2  10.5  17.5    206
-#            int4_pack   0.6   1.5   3.7     51
-# int4 fp32  reference  29    29    31       54
-#            rows        5.5   5.8   7.7     31
-#            int4_pack   8.5  67   144     2148
-# int8_row   reference   2.7   8.4  15.3    203
-#   bf16     int8_pack   0.3   1.5   3.5     50
-# int8_row   reference   3.5   4.3   5.6     29
-#   fp32     rows        1.3   3.3   5.6     28
-#            int8_pack   4.1  32    72     1061
-# int8       reference  21    25    27       77
-#            blocks      2.5   3.5   3.9     30
-#            _int_mm     2.8  23    47      707
-# fp8 bf16   reference  19.7  21.4  22.7     49
-#            rows        4.5   6.2   7.1     33
-# So int4_pack and int8_pack serve bf16 at every M and fp32 at none, and torch._int_mm nowhere
-# (without VNNI it is a scalar loop). On AVX512 with bf16 instructions int4_pack is slower than a
-# dense product from about M = 16 on, but the dequantization it saves costs as much as a product of
-# some hundred rows.
-_BF16, _FP32 = torch.bfloat16, torch.float32
-TABLE: tuple[Row, ...] = (
-    Row("int4", "cpu", _BF16, "int4_pack", rows_multiple=16),
-    Row("int8_row", "cpu", _BF16, "int8_pack"),
-    *(
-        Row(name, "cpu", dtype, "weight_only_rows")
-        for name in ("int4", "int8_row", "weight_only")
-        for dtype in (_BF16, _FP32)
-    ),
-    *(Row("int8", "cpu", dtype, "int8_blocks") for dtype in (_BF16, _FP32)),
-    *(Row("fp8", "cpu", dtype, "fp8_rows") for dtype in (_BF16, _FP32)),
-    *(
-        Row(name, "cuda", dtype, kernel)
-        for name, kernel in (
-            ("int4", "weight_only_reference"),
-            ("int8_row", "weight_only_reference"),
-            ("weight_only", "weight_only_reference"),
-            ("int8", "int8_reference"),
-            ("fp8", "fp8_reference"),
-        )
-        for dtype in (_BF16, _FP32)
-    ),
-    *(
-        Row("dense", device_type, dtype, "dense")
-        for device_type in ("cpu", "cuda")
-        for dtype in (_BF16, torch.float16, _FP32)
-    ),
-)
 
 
 @cache  # asked by every linear of every step
 def _candidates(
-    format: Format | None, device_type: str, dtype: torch.dtype, n: int
+    format: Format | None, target: Target, dtype: torch.dtype, n: int, k: int
 ) -> tuple[Row, ...]:
-    found = tuple(
-        row
-        for row in TABLE
-        if (row.family, row.device_type, row.dtype) == (family(format), device_type, dtype)
-        and n % row.rows_multiple == 0
-    )
+    found = tuple(row for row in TABLE if row.serves(format, target, dtype, n, k))
     if not found:
         raise ValueError(
-            f"no kernel for {_name(format)} weights in {dtype} on {device_type}; compute in "
+            f"no kernel for {_name(format)} weights in {dtype} on {target.device_type}; compute in "
             "bfloat16 or float32 on cpu or cuda."
         )
     return found
 
 
-def choose(format: Format | None, device_type: str, dtype: torch.dtype, m: int, n: int) -> str:
-    """Name of the kernel for x [m, K] of ``dtype`` and a weight of n rows stored as ``format``.
+def choose(
+    format: Format | None, target: Target, dtype: torch.dtype, m: int, n: int, k: int = 0
+) -> str:
+    """Name of the kernel for x [m, k] of ``dtype`` and a weight [n, k] stored as ``format``.
 
+    Without ``k`` any number of columns is taken to divide by what a kernel wants.
     Raises ``ValueError`` when the table has no row for them.
     """
-    return next(r.kernel for r in _candidates(format, device_type, dtype, n) if m <= r.max_m)
+    return next(r.kernel for r in _candidates(format, target, dtype, n, k) if m <= r.max_m)
 
 
 @dataclass(frozen=True)
@@ -173,6 +122,7 @@ class Prepared:
     format: Format | None
     dtype: torch.dtype
     device: torch.device
+    target: Target
     n: int
     k: int
     operands: Mapping[str, Parts]  # by layout
@@ -187,22 +137,29 @@ class Prepared:
 
 
 def prepare(
-    format: Format | None, tensors: Parts, dtype: torch.dtype, device: torch.device | str
+    format: Format | None,
+    tensors: Parts,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    target: Target | None = None,
 ) -> Prepared:
     """Brings a linear's stored tensors, by suffix, into the layouts that its kernels read.
 
     ``tensors`` may hold ``bias`` [N]; ``weight_shape`` is for other readers and not needed here.
-    ``format`` None is a dense weight. Raises ``ValueError`` for a dtype or device the table does
+    ``format`` None is a dense weight. ``target`` says which kernels may be chosen, by default what
+    :meth:`Target.of` says of the device. Raises ``ValueError`` for a dtype or device the table does
     not have, and for tensors that are not those of the format.
     """
     device = torch.device(device)
+    target = target or Target.of(device)
     n, k = _shape(format, tensors)
-    needed = {KERNELS[row.kernel].layout for row in _until_any_m(format, device.type, dtype, n)}
+    needed = {KERNELS[row.kernel].layout for row in _until_any_m(format, target, dtype, n, k)}
     bias = tensors.get("bias")
     return Prepared(
         format=format,
         dtype=dtype,
         device=device,
+        target=target,
         n=n,
         k=k,
         operands={name: _LAYOUTS[name](format, tensors, dtype, device) for name in sorted(needed)},
@@ -212,24 +169,50 @@ def prepare(
 
 def run(prepared: Prepared, x: Tensor) -> Tensor:
     """The linear itself: x [..., K] of the prepared dtype, on its device -> [..., N]."""
+    return run_fused(prepared, _rows(prepared, x)).view(*x.shape[:-1], prepared.n)
+
+
+def run_fused(
+    prepared: Prepared,
+    x: Tensor,
+    *,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    swiglu: bool = False,
+) -> Tensor:
+    """:func:`mmr5_kernels.fused.fused_linear`: one launch where a decode kernel serves it.
+
+    x: [M, K]; elsewhere the linear alone, with plain torch before and after it, which rounds alike.
+    """
+    rows = _rows(prepared, x)
+    kernel = KERNELS[_chosen(prepared, rows.shape[0])]
+    if kernel.fused is not None:
+        return kernel.fused(rows, prepared, norm=norm, residual=residual, swiglu=swiglu)
+    assert kernel.run is not None
+    given = rows if norm is None else fused.rms_norm(rows, norm)
+    y = kernel.run(given, prepared.format, prepared.operands[kernel.layout], prepared.bias)
+    return fused.after(y, residual, swiglu)
+
+
+def _rows(prepared: Prepared, x: Tensor) -> Tensor:
     if x.dtype != prepared.dtype or x.shape[-1] != prepared.k:
         raise ValueError(
             f"this linear takes {prepared.dtype} [..., {prepared.k}], not {x.dtype} "
             f"{list(x.shape)}; cast the input or prepare the weight for it."
         )
-    rows = x.reshape(-1, prepared.k)
-    name = choose(prepared.format, prepared.device.type, x.dtype, rows.shape[0], prepared.n)
-    kernel = KERNELS[name]
-    y = kernel.run(rows, prepared.format, prepared.operands[kernel.layout], prepared.bias)
-    return y.view(*x.shape[:-1], prepared.n)
+    return x.reshape(-1, prepared.k)
+
+
+def _chosen(prepared: Prepared, m: int) -> str:
+    return choose(prepared.format, prepared.target, prepared.dtype, m, prepared.n, prepared.k)
 
 
 def _until_any_m(
-    format: Format | None, device_type: str, dtype: torch.dtype, n: int
+    format: Format | None, target: Target, dtype: torch.dtype, n: int, k: int
 ) -> tuple[Row, ...]:
     """The rows that can be chosen for some M: nothing after the first one without a limit."""
-    rows = _candidates(format, device_type, dtype, n)
-    last = next(i for i, row in enumerate(rows) if row.max_m == _ANY_M)
+    rows = _candidates(format, target, dtype, n, k)
+    last = next(i for i, row in enumerate(rows) if row.max_m == ANY_M)
     return rows[: last + 1]
 
 
@@ -275,8 +258,20 @@ def _repacked_layout(
     return cpu.repack_int4(format, _stored_layout(format, tensors, dtype, device), dtype)
 
 
+def _skinny_layout(
+    format: Format, tensors: Parts, dtype: torch.dtype, device: torch.device
+) -> Parts:
+    return pack_skinny(format, _stored_layout(format, tensors, dtype, device))
+
+
+def _w4_layout(format: Format, tensors: Parts, dtype: torch.dtype, device: torch.device) -> Parts:
+    return w4_layout.pack(format, _stored_layout(format, tensors, dtype, device))
+
+
 _LAYOUTS: Mapping[str, Callable[..., Parts]] = {
     "dense": _dense_layout,
     "stored": _stored_layout,
     "int4_repacked": _repacked_layout,
+    "skinny": _skinny_layout,
+    w4_linear.LAYOUT: _w4_layout,
 }

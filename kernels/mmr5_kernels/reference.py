@@ -75,8 +75,9 @@ def quantize_activations_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _token_scale(x: Tensor, largest: float) -> Tensor:
+    # A row with a NaN keeps a scale of NaN, so that its outputs show it; codes could not.
     scale = x.abs().amax(dim=-1, keepdim=True) / largest
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
 def matmul_int8(codes: Tensor, weight: Tensor) -> Tensor:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from helpers.stored import FORMATS, format_name, random_parts
-from mmr5_kernels import cpu, dispatch, reference
+from mmr5_kernels import cpu, dispatch, proven, reference, table
 from mmr5_kernels.layout import FP8, INT4, INT8, INT8_WEIGHT_ONLY, Format, unpack_int4
+from mmr5_kernels.target import INTERPRETED, Target
 
 SIZES_M = (1, 2, 8, 16, 17, 33, 256)
 SIZES_N = (64, 208, 33)
@@ -155,28 +157,96 @@ def test_leading_dimensions_are_kept(format: Format | None, shape: tuple[int, ..
         assert dispatch.run(prepared, torch.ones(shape, dtype=dtype)).shape == (*shape[:-1], 32)
 
 
+CPU, CUDA = Target("cpu"), Target("cuda", (9, 0))
+AMPERE = Target("cuda", (8, 0), "triton")
+
+
 def test_the_table_says_which_kernel_runs() -> None:
     grouped, wide = Format("int8", 32), Format("int4", 128, scale="fp16")
-    assert dispatch.choose(INT4, "cpu", BF16, 1, 2048) == "int4_pack"
-    assert dispatch.choose(Format("int4", 32, False), "cpu", BF16, 1, 2048) == "int4_pack"
-    assert dispatch.choose(INT4, "cpu", BF16, 1, 2047) == "weight_only_rows"  # no multiple of 16
-    assert dispatch.choose(INT4, "cpu", FP32, 1, 2048) == "weight_only_rows"
-    assert dispatch.choose(wide, "cpu", BF16, 1, 2048) == "weight_only_rows"
-    assert dispatch.choose(INT8_WEIGHT_ONLY, "cpu", BF16, 9, 7) == "int8_pack"
-    assert dispatch.choose(INT8_WEIGHT_ONLY, "cpu", FP32, 9, 7) == "weight_only_rows"
-    assert dispatch.choose(grouped, "cpu", BF16, 9, 7) == "weight_only_rows"
-    assert dispatch.choose(INT8, "cpu", BF16, 256, 100) == "int8_blocks"
-    assert dispatch.choose(FP8, "cpu", FP32, 256, 100) == "fp8_rows"
-    assert dispatch.choose(INT4, "cuda", BF16, 1, 2048) == "weight_only_reference"
-    assert dispatch.choose(FP8, "cuda", BF16, 1, 2048) == "fp8_reference"
-    assert dispatch.choose(None, "cuda", torch.float16, 9, 7) == "dense"
+    assert dispatch.choose(INT4, CPU, BF16, 1, 2048) == "int4_pack"
+    assert dispatch.choose(Format("int4", 32, False), CPU, BF16, 1, 2048) == "int4_pack"
+    assert dispatch.choose(INT4, CPU, BF16, 1, 2047) == "weight_only_rows"  # no multiple of 16
+    assert dispatch.choose(INT4, CPU, FP32, 1, 2048) == "weight_only_rows"
+    assert dispatch.choose(wide, CPU, BF16, 1, 2048) == "weight_only_rows"
+    assert dispatch.choose(INT8_WEIGHT_ONLY, CPU, BF16, 9, 7) == "int8_pack"
+    assert dispatch.choose(INT8_WEIGHT_ONLY, CPU, FP32, 9, 7) == "weight_only_rows"
+    assert dispatch.choose(grouped, CPU, BF16, 9, 7) == "weight_only_rows"
+    assert dispatch.choose(INT8, CPU, BF16, 256, 100) == "int8_blocks"
+    assert dispatch.choose(FP8, CPU, FP32, 256, 100) == "fp8_rows"
+    assert dispatch.choose(INT4, CUDA, BF16, 1, 2048) == "weight_only_reference"
+    assert dispatch.choose(FP8, CUDA, BF16, 1, 2048) == "fp8_reference"
+    assert dispatch.choose(None, CUDA, torch.float16, 9, 7) == "dense"
+
+
+@pytest.mark.parametrize(
+    ("format", "step", "prompt"),
+    [
+        (None, "dense_skinny", "dense"),
+        (INT4, "int4_skinny", "int4_expand"),
+        (Format("int4", 32, False), "int4_skinny", "int4_expand"),
+        (INT8_WEIGHT_ONLY, "int8_row_skinny", "int8_expand"),
+        (INT8, "int8_skinny", "int8_gemm"),
+        (FP8, "fp8_skinny", "fp8_scaled_mm"),
+        (Format("int8", 32), "weight_only_reference", "weight_only_reference"),
+        (Format("int4", 128, scale="fp16"), "weight_only_reference", "weight_only_reference"),
+    ],
+    ids=str,
+)
+def test_triton_kernels_serve_steps_and_prompts(
+    format: Format | None, step: str, prompt: str
+) -> None:
+    for m, kernel in ((1, step), (table.DECODE_ROWS, step), (table.DECODE_ROWS + 1, prompt)):
+        assert dispatch.choose(format, INTERPRETED, BF16, m, 2048, 512) == kernel
+        portable = dispatch.choose(format, CUDA, BF16, m, 2048, 512)
+        assert not portable.endswith("skinny")
+        assert dispatch.choose(format, INTERPRETED, FP32, m, 2048, 512) == dispatch.choose(
+            format, CUDA, FP32, m, 2048, 512
+        )
+
+
+def test_what_a_kernel_cannot_do_falls_to_the_next_row() -> None:
+    assert dispatch.choose(FP8, AMPERE, BF16, 1, 2048) == "fp8_reference"
+    assert dispatch.choose(FP8, INTERPRETED, BF16, 65, 2047) == "fp8_reference"
+    assert dispatch.choose(INT8_WEIGHT_ONLY, AMPERE, BF16, 1, 64, 100) == "int8_expand"
+
+
+def test_the_cuda_kernels_are_chosen_where_they_serve() -> None:
+    target = Target("cuda", (9, 0), "cuda")
+    assert dispatch.choose(INT4, target, BF16, 64, 2048, 512) == "int4_w4_cuda"
+    assert dispatch.choose(INT4, target, BF16, 65, 2048, 512) == "int4_expand"
+    assert dispatch.choose(Format("int4", 64), target, BF16, 1, 2048, 512) == "int4_skinny"
+    assert dispatch.choose(None, target, BF16, 1, 2048, 512) == "dense_skinny"
+    weight = dispatch.prepare(INT4, random_parts(INT4, 64, 256), BF16, "cpu", target)
+    assert list(weight.operands) == ["skinny", "w4_tiles"]
+    with pytest.raises(ValueError, match="takes tensors on a GPU, not on cpu"):
+        dispatch.run(weight, activations(1, 256, BF16))
+
+
+def test_auto_chooses_what_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = replace(INTERPRETED, kernels="auto")
+    monkeypatch.setattr(proven, "names", lambda capability: frozenset({"int4_skinny"}))
+    assert target.allows("int4_skinny") and not target.allows("int4_expand")
+    dispatch._candidates.cache_clear()  # whose key does not hold what is proven
+    try:
+        assert dispatch.choose(INT4, target, BF16, 64, 2048) == "int4_skinny"
+        assert dispatch.choose(INT4, target, BF16, 65, 2048) == "weight_only_reference"
+        weight = dispatch.prepare(INT4, random_parts(INT4, 64, 256), BF16, "cpu", target)
+        assert list(weight.operands) == ["skinny", "stored"]
+    finally:
+        dispatch._candidates.cache_clear()
+
+
+def test_names_of_the_table_and_of_what_is_proven_are_kernels() -> None:
+    assert {row.kernel for row in table.TABLE} <= set(dispatch.KERNELS)
+    for record in proven.records().values():
+        assert {"commit", "date", "kernels"} == set(record)
 
 
 @pytest.mark.parametrize("format", [None, *FORMATS], ids=format_name)
-def test_every_format_has_a_kernel_on_both_devices(format: Format | None) -> None:
-    for device_type in ("cpu", "cuda"):
+def test_every_format_has_a_kernel_everywhere(format: Format | None) -> None:
+    for target in (CPU, CUDA, AMPERE, INTERPRETED):
         for dtype in (BF16, FP32):
-            assert dispatch.choose(format, device_type, dtype, 1, 33) in dispatch.KERNELS
+            assert dispatch.choose(format, target, dtype, 1, 33) in dispatch.KERNELS
 
 
 def test_only_the_layouts_in_use_are_kept() -> None:
@@ -196,7 +266,7 @@ def test_what_the_table_lacks_is_an_error(
     format: Format | None, dtype: torch.dtype, device_type: str
 ) -> None:
     with pytest.raises(ValueError, match=f"no kernel for {format_name(format)} weights"):
-        dispatch.choose(format, device_type, dtype, 1, 64)
+        dispatch.choose(format, Target(device_type), dtype, 1, 64)
 
 
 @pytest.mark.parametrize("change", [lambda s: s[:, :1], lambda s: s.float(), lambda s: None])
