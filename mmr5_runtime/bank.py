@@ -1,16 +1,23 @@
-"""The pages of one request: sizes and keys at once, embeddings when a prompt has to be read."""
+"""The pages of one request: sizes and keys at once, embeddings when a prompt has to be read.
+
+For a GPU the pages that will be asked for next are decoded and cut in threads meanwhile, and cross
+to it as bytes. The stages ``image_decode`` and ``preprocess`` are what the request waited for.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
+from PIL import Image
 from torch import Tensor
 
-from mmr5_runtime.image import PixelBudget, preprocess
+from mmr5_runtime.image import BytePage, PixelBudget, preprocess, preprocess_bytes
 from mmr5_runtime.loading import LoadedEngine
 from mmr5_runtime.memory import Memory
 from mmr5_runtime.pages import naming
 from mmr5_runtime.planning import PlannedPage
+from mmr5_runtime.prefetch import Prefetch, Preparation, pages_ahead
 from mmr5_runtime.reading import PromptPage, UseCounts
 from mmr5_runtime.reuse.encoder_cache import page_key
 from mmr5_runtime.reuse.page_source import PageSource
@@ -21,7 +28,8 @@ class PageBank:
     """Gives out every page's embeddings, each encoded at most once in the life of the request.
 
     Embeddings stay here, in main memory, until the request ends, so that a plan with many prompts
-    encodes no page twice, however small the cache is.
+    encodes no page twice, however small the cache is. To be closed when the request ends: threads
+    may be preparing pages.
     """
 
     def __init__(
@@ -39,6 +47,8 @@ class PageBank:
         self._counts, self._timings = counts, timings
         self.planned = planned
         self._held: dict[bytes, Tensor] = {}
+        self._device = loaded.engine.device
+        self._prefetch = Prefetch(self._preparation, pages_ahead(self._device))
         self.keys = [
             page_key(source.pixels, page.sizes, loaded.image_settings, loaded.identity)
             for source, page in zip(sources, planned, strict=True)
@@ -48,26 +58,57 @@ class PageBank:
         return len(self._sources)
 
     def page(self, index: int) -> PromptPage:
-        """Candidate ``index`` (0-based) as a prompt needs it."""
-        return PromptPage(
-            key=self.keys[index],
-            pixels=self._sources[index].pixels,
-            grid=self.planned[index].grid,
-            embeddings=lambda: self.embeddings(index),
+        """Candidate ``index`` (0-based) as a prompt needs it; the ones behind it come next."""
+        return self.pages(range(index, len(self)))[0]
+
+    def pages(self, indices: Sequence[int]) -> tuple[PromptPage, ...]:
+        """Candidates in the order of one prompt, which reads each of them once it reads the first.
+
+        Where threads prepare pages, asking for the embeddings of one sets them to those behind it.
+        """
+        return tuple(
+            PromptPage(
+                key=self.keys[index],
+                pixels=self._sources[index].pixels,
+                grid=self.planned[index].grid,
+                embeddings=partial(self.embeddings, index, then=indices[place + 1 :]),
+            )
+            for place, index in enumerate(indices)
         )
 
-    def embeddings(self, index: int) -> Tensor:
-        """[tokens, hidden] in the compute dtype, on the model's device."""
+    def embeddings(self, index: int, then: Sequence[int] = ()) -> Tensor:
+        """[tokens, hidden] in the compute dtype, on the model's device.
+
+        ``then``: candidates whose embeddings will be asked for next.
+        """
+        self._expect([index, *then])
         key = self.keys[index]
         if (held := self._held.get(key)) is not None:
-            return held.to(self._loaded.engine.device)
+            return held.to(self._device)
         found = self._find(index)
         self._held[key] = found.cpu()
         return found
 
     def encode(self, index: int) -> None:
-        """Put candidate ``index`` into the cache, and hold it no longer than that."""
+        """Put candidate ``index`` into the cache, and hold it no longer than that.
+
+        The candidates behind it are taken to be next.
+        """
+        self._expect(range(index, len(self)))
         self._find(index)
+
+    def close(self) -> None:
+        """Stop preparing pages; nothing is left running afterwards."""
+        self._prefetch.close()
+
+    def _expect(self, indices: Sequence[int]) -> None:
+        """Have the pages among ``indices`` prepared that nothing remembers, each once."""
+        if not self._prefetch.ahead:
+            return
+        missing = {self.keys[index]: index for index in reversed(indices)}
+        known = {key for key in missing if key in self._held or self._memory.encoder.holds(key)}
+        wanted = {index for key, index in missing.items() if key not in known}
+        self._prefetch.expect([index for index in indices if index in wanted])
 
     def _find(self, index: int) -> Tensor:
         key, planned = self.keys[index], self.planned[index]
@@ -80,16 +121,31 @@ class PageBank:
         return found
 
     def _encode(self, index: int) -> Tensor:
-        source, key = self._sources[index], self.keys[index]
-        self._counts.pages_decoded += not source.decoded
-        with self._timings.span("image_decode"):
-            image = source.image()
-        with self._timings.span("preprocess"), naming(source.page, index):
-            patched = preprocess(image, self._budget, **self._loaded.image_settings)
+        source, key, grid = self._sources[index], self.keys[index], self.planned[index].grid
+        preparation = self._prefetch.take(index)
+        self._counts.pages_decoded += not preparation.was_decoded
+        with self._timings.span("image_decode", wait=False):
+            preparation.decoded()
+        with self._timings.span("preprocess", wait=False):
+            patches = preparation.patches()
         with self._timings.span("vision"):
-            embeddings = self._loaded.engine.encode_page(patched.pixel_values, patched.grid)
+            if isinstance(patches, BytePage):
+                patches = patches.pixel_values(self._device)
+            embeddings = self._loaded.engine.encode_page(patches, grid)
         # Only now: the ledger takes what missed as computed from here on.
         self._counts.page_misses[self._memory.ledger.encoder_miss(key, source.pixels)] += 1
-        self._memory.encoder.put(key, embeddings, patched.grid)
+        self._memory.encoder.put(key, embeddings, grid)
         self._counts.pages_encoded += 1
         return embeddings
+
+    def _preparation(self, index: int) -> Preparation[Tensor | BytePage]:
+        source = self._sources[index]
+        return Preparation(source.image, partial(self._cut, index), source.decoded)
+
+    def _cut(self, index: int, image: Image.Image) -> Tensor | BytePage:
+        """A decoded page as its device wants it."""
+        settings = self._loaded.image_settings
+        with naming(self._sources[index].page, index):
+            if self._device.type == "cpu":
+                return preprocess(image, self._budget, **settings).pixel_values
+            return preprocess_bytes(image, self._budget, **settings)

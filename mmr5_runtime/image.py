@@ -89,6 +89,25 @@ class PatchedPage:
         return math.prod(self.grid) // self.merge_size**2
 
 
+@dataclass(frozen=True, eq=False)
+class BytePage:
+    """The same page an eighth the size, for a device that turns bytes into values by itself.
+
+    ``patches`` [P, 3 * patch * patch] uint8 on the CPU, in merge-block order, a patch ordered
+    channel, row, column; ``tables`` [3, 256] float32, what each byte stands for; ``frames``, how
+    often a still image repeats in time.
+    """
+
+    patches: torch.Tensor
+    tables: torch.Tensor
+    frames: int
+    grid: tuple[int, int, int]
+
+    def pixel_values(self, device: torch.device) -> torch.Tensor:
+        """[P, patch_dim] float32 on ``device``: ``PatchedPage.pixel_values``, bit for bit."""
+        return expand_pixels(self.patches.to(device), self.tables.to(device), self.frames)
+
+
 def smart_resize(
     height: int,
     width: int,
@@ -224,12 +243,8 @@ def preprocess(
     fed by the reference's page loader. Raises like :func:`planned_sizes`, and PageError for an
     image that is not RGB.
     """
-    if image.mode != "RGB":
-        raise PageError(f"an image of mode {image.mode} is not RGB; pass it through open_page")
     source = (image.width, image.height)
-    for size in planned_sizes(*source, budget, patch_size=patch_size, merge_size=merge_size):
-        if image.size != size:
-            image = image.resize(size, Image.Resampling.BICUBIC)
+    image = _resized(image, budget, patch_size, merge_size)
     columns, rows = image.width // patch_size, image.height // patch_size
     blocks = _patchify(
         np.asarray(image), _channel_tables(mean, std), patch_size, merge_size, temporal_patch_size
@@ -241,6 +256,54 @@ def preprocess(
         source=source,
         merge_size=merge_size,
     )
+
+
+def preprocess_bytes(
+    image: Image.Image,
+    budget: PixelBudget,
+    *,
+    patch_size: int = 14,
+    merge_size: int = 2,
+    temporal_patch_size: int = 2,
+    mean: tuple[float, float, float] = CLIP_MEAN,
+    std: tuple[float, float, float] = CLIP_STD,
+) -> BytePage:
+    """:func:`preprocess` without its last step, which :func:`expand_pixels` does on a device."""
+    image = _resized(image, budget, patch_size, merge_size)
+    columns, rows = image.width // patch_size, image.height // patch_size
+    strips = _strips(np.asarray(image), patch_size, merge_size)
+    patches = np.ascontiguousarray(strips.transpose(0, 1, 2, 3, 6, 4, 5))
+    return BytePage(
+        patches=torch.from_numpy(patches.reshape(rows * columns, -1)),
+        tables=torch.from_numpy(_channel_tables(mean, std)),
+        frames=temporal_patch_size,
+        grid=(1, rows, columns),
+    )
+
+
+def expand_pixels(patches: torch.Tensor, tables: torch.Tensor, frames: int) -> torch.Tensor:
+    """Normalised values [P, 3 * frames * patch * patch] float32 of patches as :class:`BytePage` has
+    them, on their device. A lookup: no device can round it differently.
+    """
+    channels = torch.arange(3, dtype=torch.int32, device=patches.device)[:, None]
+    places = patches.unflatten(1, (3, -1)).int() + 256 * channels
+    values = tables.flatten().index_select(0, places.flatten()).view_as(places)
+    return values[:, :, None].expand(-1, -1, frames, -1).flatten(1)
+
+
+def _resized(
+    image: Image.Image, budget: PixelBudget, patch_size: int, merge_size: int
+) -> Image.Image:
+    """``image`` at the size at which it is cut into patches."""
+    if image.mode != "RGB":
+        raise PageError(f"an image of mode {image.mode} is not RGB; pass it through open_page")
+    sizes = planned_sizes(
+        image.width, image.height, budget, patch_size=patch_size, merge_size=merge_size
+    )
+    for size in sizes:
+        if image.size != size:
+            image = image.resize(size, Image.Resampling.BICUBIC)
+    return image
 
 
 def _channel_tables(
@@ -270,16 +333,24 @@ def _patchify(
     rows and cols count merge blocks. One strip of blocks at a time keeps the lookup's index array
     (8 bytes per pixel) in cache; a still image repeats in every time slot.
     """
-    factor = patch_size * merge_size
-    rows, columns = pixels.shape[0] // factor, pixels.shape[1] // factor
-    strips = pixels.reshape(rows, merge_size, patch_size, columns, merge_size, patch_size, 3)
-    strips = strips.transpose(0, 3, 1, 4, 6, 2, 5)
+    strips = _strips(pixels, patch_size, merge_size)
+    rows, columns = strips.shape[:2]
     blocks = np.empty(
         (rows, columns, merge_size, merge_size, 3, temporal_patch_size, patch_size, patch_size),
         dtype=np.float32,
     )
     for row in range(rows):
         for channel, table in enumerate(tables):
-            values = table.take(strips[row, :, :, :, channel])
+            values = table.take(strips[row, ..., channel])
             blocks[row, :, :, :, channel] = values[:, :, :, None]
     return blocks
+
+
+def _strips(
+    pixels: npt.NDArray[np.uint8], patch_size: int, merge_size: int
+) -> npt.NDArray[np.uint8]:
+    """``pixels`` [height, width, 3] seen as [rows, cols, merge, merge, patch, patch, 3]."""
+    factor = patch_size * merge_size
+    rows, columns = pixels.shape[0] // factor, pixels.shape[1] // factor
+    strips = pixels.reshape(rows, merge_size, patch_size, columns, merge_size, patch_size, 3)
+    return strips.transpose(0, 3, 1, 4, 2, 5, 6)

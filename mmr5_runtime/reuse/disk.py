@@ -95,6 +95,10 @@ class PageFolder:
                 self._touch(path)
         return embeddings
 
+    def holds(self, key: bytes) -> bool:
+        """Whether there is a file for ``key``, whatever it contains."""
+        return self._path(key).exists()
+
     def save(self, key: bytes, embeddings: Tensor, grid: Grid) -> list[bytes]:
         """Store ``embeddings`` [tokens, hidden] under ``key``; returns the keys that had to go.
 

@@ -128,6 +128,13 @@ class EncoderCache:
             return None
         return self._keep(key, stored, grid)
 
+    def holds(self, key: bytes) -> bool:
+        """Whether ``key`` is in a tier now, unchecked; no hit, no miss, and nothing is moved."""
+        with self._lock:
+            if key in self._gpu or key in self._host:
+                return True
+        return self._disk is not None and self._disk.holds(key)
+
     def put(self, key: bytes, embeddings: Tensor, grid: Grid) -> None:
         """Keep a copy of ``embeddings`` in every tier that has room for it.
 

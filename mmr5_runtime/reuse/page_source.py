@@ -12,8 +12,10 @@ import hashlib
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from weakref import WeakValueDictionary
 
 from PIL import Image
@@ -95,13 +97,18 @@ class PageSource:
 class PageReader:
     """Opens pages and remembers the identity of the last ``remembered`` ones; thread-safe.
 
+    ``threads``: how many pages of a request are decoded at a time.
+
     Raises:
         RequestError: ``max_image_pixels`` is not above zero.
     """
 
-    def __init__(self, max_image_pixels: int, remembered: int = 100_000) -> None:
+    def __init__(
+        self, max_image_pixels: int, remembered: int = 100_000, *, threads: int = 1
+    ) -> None:
         check_limit(max_image_pixels)
         self._max_image_pixels = max_image_pixels
+        self._threads = threads
         self._remembered = remembered
         self._lock = threading.Lock()
         self._known: OrderedDict[_RawKey, tuple[bytes, Size]] = OrderedDict()
@@ -124,9 +131,12 @@ class PageReader:
     def open_all(self, pages: Iterable[Page]) -> list[PageSource]:
         """:meth:`open` all pages of a request, in order, and read and hash each PDF file only once.
 
-        A PDF file that changes between two of its pages is read again. Raises like :meth:`open`.
+        A PDF file that changes between two of its pages is read again. Raises like :meth:`open`,
+        for the first page that cannot be read.
         """
         pdf_files: PdfFiles = {}
+        if self._threads > 1:
+            return self._open_in_threads(pages, pdf_files)
         return [self._open(page, index, pdf_files) for index, page in enumerate(pages)]
 
     def forget(self) -> None:
@@ -135,8 +145,41 @@ class PageReader:
             self._known.clear()
 
     def _open(self, page: Page, index: int, pdf_files: PdfFiles) -> PageSource:
+        return self._identify(page, index, self._read(page, index, pdf_files))
+
+    def _open_in_threads(self, pages: Iterable[Page], pdf_files: PdfFiles) -> list[PageSource]:
+        """Reads files in order, here, and decodes what was read meanwhile."""
+        opened: list[Callable[[], PageSource]] = []  # each waits, or finds the page known by then
+        decoding: set[_RawKey] = set()
+        pool = ThreadPoolExecutor(self._threads, thread_name_prefix="mmr5-open")
+        try:
+            for index, page in enumerate(pages):
+                try:
+                    content = self._read(page, index, pdf_files)
+                except Exception:
+                    # A page before it may be bad as well, and is then the one to be named.
+                    for source in opened:
+                        source()
+                    raise
+                identify = partial(self._identify, page, index, content)
+                if isinstance(content, EncodedPage):
+                    key = (content.file.sha256, content.pdf)
+                    if key in decoding or self._recall(key) is not None:
+                        opened.append(identify)
+                        continue
+                    decoding.add(key)
+                opened.append(pool.submit(identify).result)
+            return [source() for source in opened]
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _read(self, page: Page, index: int, pdf_files: PdfFiles) -> EncodedPage | Image.Image:
         with naming(page, index):
-            content = read_page(page, self._max_image_pixels, pdf_files=pdf_files)
+            return read_page(page, self._max_image_pixels, pdf_files=pdf_files)
+
+    def _identify(self, page: Page, index: int, content: EncodedPage | Image.Image) -> PageSource:
+        """A page that has been read, decoded unless its bytes are known."""
+        with naming(page, index):
             if isinstance(content, Image.Image):
                 content = content.copy()
                 return self._source(page, index, content, pixel_digest(content), content.size)

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmr5_runtime.attention import MASKED_ROWS, causal_attention, window_attention
+from mmr5_kernels.target import INTERPRETED, Target
+from mmr5_runtime.attention import (
+    CAUSAL_METHODS,
+    MASKED_ROWS,
+    causal_attention,
+    causal_method,
+    lower_right_attention,
+    two_part_attention,
+    window_attention,
+)
 
 
 def formula(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
@@ -95,3 +104,51 @@ def test_window_attention(windows: int, length: int) -> None:
     visible = torch.block_diag(*[torch.ones(length, length)] * windows).bool()
     out = window_attention(q, k.transpose(0, 1), v.transpose(0, 1), length)
     torch.testing.assert_close(out.double(), formula(q, k, v, visible), atol=1e-5, rtol=0)
+
+
+def cpu_part(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """What ``cudnn_part`` is on a GPU; torch's kernel for CPUs wants as many key heads."""
+    k, v = (x.repeat_interleave(q.shape[1] // len(x), dim=0) for x in (k, v))
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, sums = attend(q.transpose(0, 1)[None], k[None], v[None], 0.0, causal)
+    return out[0].transpose(0, 1), sums[0].T if sums.shape[1] == q.shape[1] else sums[0]
+
+
+@pytest.mark.parametrize(("tokens", "cached"), [(1, 0), (1, 9), (7, 0), (5, 4), (9, 60)])
+@pytest.mark.parametrize("heads", [(3, 1), (4, 4), (6, 2)])
+def test_methods_for_a_gpu_compute_the_same(
+    tokens: int, cached: int, heads: tuple[int, int]
+) -> None:
+    q, k, v = draw(tokens, cached, *heads, seed=7)
+    wanted = causal_attention(q, k, v)
+    for found in (
+        lower_right_attention(q, k, v),
+        two_part_attention(q, k, v, cpu_part),
+    ):
+        assert found.shape == wanted.shape and found.dtype == wanted.dtype
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
+def test_a_method_is_chosen_by_name_and_says_why_it_cannot_run() -> None:
+    assert list(CAUSAL_METHODS) == ["masked", "lower_right", "cudnn", "varlen", "triton"]
+    cpu, gpu = Target("cpu"), Target("cuda", (9, 0))
+    assert causal_method("masked", cpu, torch.float32) is causal_attention
+    for name in ("lower_right", "cudnn", "varlen"):
+        with pytest.raises(ValueError, match="needs a GPU; use 'masked'"):
+            causal_method(name, cpu, torch.bfloat16)
+        with pytest.raises(ValueError, match="in bfloat16, not torch.float32"):
+            causal_method(name, gpu, torch.float32)
+        assert causal_method(name, gpu, torch.bfloat16) is CAUSAL_METHODS[name].run
+    with pytest.raises(ValueError, match="kernels='portable' does not allow it"):
+        causal_method("triton", gpu, torch.bfloat16)
+    with pytest.raises(ValueError, match="masked, lower_right, cudnn, varlen, triton, not 'flash'"):
+        causal_method("flash", gpu, torch.bfloat16)
+    run = causal_method("triton", INTERPRETED, torch.bfloat16)
+    pytest.importorskip("triton", reason="needs Triton")
+    generator = torch.Generator().manual_seed(8)
+    q = torch.randn(9, 2, 16, generator=generator).bfloat16()
+    k, v = torch.randn(2, 1, 12, 16, generator=generator).bfloat16()
+    if torch.cuda.is_available():
+        q, k, v = q.cuda(), k.cuda(), v.cuda()
+    found = run(q, k, v)
+    torch.testing.assert_close(found, causal_attention(q, k, v), atol=0.015, rtol=0.01)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,6 +19,7 @@ from mmr5_runtime.image import (
     planned_sizes,
     planned_tokens,
     preprocess,
+    preprocess_bytes,
     smart_resize,
 )
 from mmr5_runtime.types import PageError, RequestError
@@ -175,3 +177,30 @@ def test_preprocess_leaves_the_image_alone() -> None:
     before = image.tobytes()
     preprocess(image, PixelBudget())
     assert image.size == (50, 70) and image.tobytes() == before
+
+
+@given(
+    size=st.tuples(st.integers(1, 150), st.integers(1, 150)),
+    patches=st.sampled_from([(14, 2, 2), (8, 3, 1), (4, 1, 3)]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=25, deadline=None)
+def test_bytes_and_tables_give_the_very_pixel_values(
+    size: tuple[int, int], patches: tuple[int, int, int], seed: int
+) -> None:
+    image = noise(*size, seed=seed)
+    names = ("patch_size", "merge_size", "temporal_patch_size")
+    layout = dict(zip(names, patches, strict=True))
+    budget = PixelBudget(CELL_PIXELS, 40 * CELL_PIXELS)
+    wanted = preprocess(image, budget, **layout, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    found = preprocess_bytes(image, budget, **layout, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    assert found.grid == wanted.grid
+    assert found.patches.dtype == torch.uint8 and found.patches.is_contiguous()
+    pixel_values = found.pixel_values(torch.device("cpu"))
+    assert pixel_values.dtype == torch.float32 and pixel_values.is_contiguous()
+    assert torch.equal(pixel_values, wanted.pixel_values)
+
+
+def test_bytes_of_an_image_that_is_not_rgb_are_refused() -> None:
+    with pytest.raises(PageError, match="mode L is not RGB"):
+        preprocess_bytes(noise(40, 40).convert("L"), PixelBudget())
