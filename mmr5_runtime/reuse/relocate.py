@@ -104,7 +104,8 @@ def capture_pages(
     is read once for all pages, and none of them becomes the beginning of a prompt, which attention
     treats as special (CacheClip, arXiv 2510.10129). ``pages`` are segments of such prompts. What is
     yielded is on the model's device: drop each before taking the next. Raises :class:`RequestError`
-    when the embeddings or the grid of a page do not fill its image tokens.
+    when the embeddings or the grid of a page do not fill its image tokens, and for an engine with
+    8-bit keys and values.
     """
     if not pages:
         return  # and the head is not read for nothing
@@ -112,6 +113,7 @@ def capture_pages(
     positions, start = mrope_positions(head, [], model.spec)
     longest = max(len(page.token_ids) for page in pages)
     arena = model.new_arena(len(head) + longest)
+    _refuse_codes(arena)
     read_tokens(model, embed_prompt(model, head, []), positions, arena)
     for page in pages:
         yield _capture(model, arena, start, page)
@@ -159,8 +161,8 @@ def read_relocated(
     over the text, and forgotten. Afterwards the arena holds the whole prompt.
 
     Raises :class:`ContextOverflowError` when pages and tail do not fit, :class:`RequestError` when
-    a page and its capture differ or there are no tail or question tokens. The arena holds what it
-    held then.
+    a page and its capture differ, when there are no tail or question tokens, or for an arena of
+    8-bit keys and values. The arena holds what it held then.
     """
     _check(pages, captured, tail_ids, question_ids, recompute, arena)
     text = _Text.of(model, arena.length, start, pages, tail_ids)
@@ -239,6 +241,7 @@ def _check(
             f"{len(pages)} pages come with {len(captured)} captured ones; give at least one page "
             "and capture each first."
         )
+    _refuse_codes(arena)
     layers, heads, _, dim = arena.k.shape
     for number, (page, source) in enumerate(zip(pages, captured, strict=True), start=1):
         shape = (layers, heads, len(page.embeddings), dim)
@@ -254,6 +257,15 @@ def _check(
         raise RequestError(
             f"a share of {recompute.share} is chosen by the question's attention, but the question "
             "has no tokens; give them, or a share of 0."
+        )
+
+
+def _refuse_codes(arena: KVArena) -> None:
+    """Keys are rotated to where a page stands and rows replaced: codes would be rounded twice."""
+    if arena.kv != "bf16":
+        raise RequestError(
+            f"pages cannot be relocated where keys and values are stored as {arena.kv}; load the "
+            "engine with kv='bf16', or pass image_kv='exact'."
         )
 
 
