@@ -82,35 +82,47 @@ def judge(request: Request, record: Record) -> list[float | None]:
     """
     tokenizer = request.loaded.profile(POINTWISE)
     yes, no = tokenizer.verdict_ids
-    model = request.loaded.engine.model
     chances: list[float | None] = [None] * len(request.bank)
     for group in _groups(request, tokenizer):
-        cursors: list[Cursor] = []
-        embeds, positions = [], []
-        for page, segments in group:
-            if request.deadline.passed():
-                record.late = True
-                break
-            cursor = Cursor(request.loaded.engine, len(segments.ids))
-            cursor.read_head(segments.head, cursors[0] if cursors else None)
-            ids = torch.tensor([*segments.pages[0], *segments.tail])
-            prompt_page = request.bank.page(page)
-            places, _ = mrope_positions(ids, [prompt_page.grid], model.spec, cursor.position)
-            record.prompt_tokens += len(segments.ids)
-            record.image_tokens += request.bank.planned[page].tokens
-            request.counts.tokens_read += len(ids) + (0 if cursors else len(segments.head))
-            embeds.append(embed_prompt(model, ids, [prompt_page.embeddings()]))
-            positions.append(places)
-            cursors.append(cursor)
-        if cursors:
-            request.counts.page_prefills += len(cursors)
-            with request.timings.span("judge"):
-                arenas = [cursor.arena for cursor in cursors]
-                logits = read_together(model, embeds, positions, arenas)
-                verdicts = logits[:, [yes, no]].double().softmax(-1)[:, 0].tolist()
-            for (page, _), chance in zip(group, verdicts, strict=False):
-                chances[page] = chance
+        with request.turn():
+            _judge_together(request, record, group, (yes, no), chances)
     return chances
+
+
+def _judge_together(
+    request: Request,
+    record: Record,
+    group: Sequence[tuple[int, Segments]],
+    verdicts: tuple[int, int],
+    chances: list[float | None],
+) -> None:
+    """Judge a group of candidates, as far as time allows; ``verdicts``: the ids of yes and no."""
+    model = request.loaded.engine.model
+    cursors: list[Cursor] = []
+    embeds, positions = [], []
+    for page, segments in group:
+        if request.deadline.passed():
+            record.late = True
+            break
+        cursor = Cursor(request.loaded.engine, len(segments.ids))
+        cursor.read_head(segments.head, cursors[0] if cursors else None)
+        ids = torch.tensor([*segments.pages[0], *segments.tail])
+        prompt_page = request.bank.page(page)
+        places, _ = mrope_positions(ids, [prompt_page.grid], model.spec, cursor.position)
+        record.prompt_tokens += len(segments.ids)
+        record.image_tokens += request.bank.planned[page].tokens
+        request.counts.tokens_read += len(ids) + (0 if cursors else len(segments.head))
+        embeds.append(embed_prompt(model, ids, [prompt_page.embeddings()]))
+        positions.append(places)
+        cursors.append(cursor)
+    if cursors:
+        request.counts.page_prefills += len(cursors)
+        with request.timings.span("judge"):
+            arenas = [cursor.arena for cursor in cursors]
+            logits = read_together(model, embeds, positions, arenas)
+            shares = logits[:, list(verdicts)].double().softmax(-1)[:, 0].tolist()
+        for (page, _), chance in zip(group, shares, strict=False):
+            chances[page] = chance
 
 
 def _groups(request: Request, tokenizer: PromptTokenizer) -> Iterator[list[tuple[int, Segments]]]:
@@ -143,7 +155,8 @@ def answer(request: Request, pages: Sequence[int], record: Record) -> str:
     plan = request.plan_prompt(pages, tokenizer)
     prompt = request.prompt(plan, pages, tokenizer)
     spec, device = request.loaded.engine.spec, request.loaded.engine.device
-    cursor = Cursor(request.loaded.engine, len(plan.token_ids) + plan.max_new_tokens)
+    capacity = len(plan.token_ids) + plan.max_new_tokens
+    cursor = Cursor(request.loaded.engine, capacity, request.seat)
     logits = read_prompt(
         prompt,
         prompt.keys(),
@@ -153,6 +166,7 @@ def answer(request: Request, pages: Sequence[int], record: Record) -> str:
         request.counts,
         request.timings,
         request.deadline,
+        request.turn,
     )
     record.prompt_tokens += len(plan.token_ids)
     record.image_tokens += sum(request.bank.planned[index].tokens for index in pages)

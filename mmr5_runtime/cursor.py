@@ -1,20 +1,24 @@
 """Where one sequence stands: its KV arena and the rotary position that comes next.
 
 Everything that continues a sequence goes through a cursor, so that a fork is only a mark to which
-it is rewound: a probe, a rejected draft, another sample of the same prompt.
+it is rewound: a probe, a rejected draft, a step that was launched ahead, another sample of the same
+prompt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mmr5_runtime.batching import Seat
 from mmr5_runtime.engine import Engine
-from mmr5_runtime.model import MAX_DECODE_TOKENS, decode_step, embed_prompt, read_tokens
+from mmr5_runtime.model import MAX_DECODE_TOKENS, embed_prompt, read_tokens
 from mmr5_runtime.rope import Grid, mrope_positions
+from mmr5_runtime.types import EngineError
 
 
 class Mark(NamedTuple):
@@ -27,11 +31,20 @@ class Mark(NamedTuple):
 class Cursor:
     """One sequence in an arena of its own."""
 
-    def __init__(self, engine: Engine, capacity: int) -> None:
+    asynchronous = False  # whether a step is only queued by the time its call returns
+    _seat: Seat | None = None
+
+    def __init__(self, engine: Engine, capacity: int, seat: Seat | None = None) -> None:
+        """``seat`` takes the steps where several sequences decode together."""
+        self._engine = engine
         self._model = engine.model
+        self._seat = seat
         self.arena = engine.model.new_arena(capacity)
         self.position = 0
-        self.steps = 0  # forward passes made by `step`
+        self.steps = 0  # forward passes made by `step`, but for those taken back
+        self._last_read = 0  # token
+        if engine.device.type == "cuda":
+            self.asynchronous = True
 
     @property
     def mark(self) -> Mark:
@@ -46,6 +59,20 @@ class Cursor:
         """Forget the last ``tokens``, all of them text."""
         self.rewind(Mark(self.arena.length - tokens, self.position - tokens))
 
+    def take_back(self) -> None:
+        """Forget the last step, of one token, as if it had never been made."""
+        self.forget(1)
+        self.steps -= 1
+
+    def together(self) -> AbstractContextManager[object]:
+        """While decoding: steps wait for those of the other sequences that decode."""
+        return nullcontext() if self._seat is None else self._seat.joined()
+
+    def not_finite(self, token: int | None) -> EngineError:
+        """The error for logits that are no numbers; ``token`` was read last, None in the prompt."""
+        last = self._last_read if token is None else token
+        return self._engine.not_finite(last, self.position - 1, self.arena)
+
     @torch.inference_mode()
     def read(
         self,
@@ -59,6 +86,7 @@ class Cursor:
         embeds = embed_prompt(self._model, ids, embeddings)
         hidden = read_tokens(self._model, embeds, positions, self.arena)
         self.position = position
+        self._last_read = token_ids[-1]
         return hidden
 
     def read_head(self, token_ids: Sequence[int], twin: Cursor | None) -> None:
@@ -82,15 +110,18 @@ class Cursor:
         return out
 
     @torch.inference_mode()
-    def step(self, token_ids: Sequence[int]) -> Tensor:
-        """Read T >= 1 tokens of text; fp32 logits [T, V] after each. One pass for up to 8."""
+    def step(self, token_ids: Sequence[int] | Tensor) -> Tensor:
+        """Read T >= 1 tokens of text; fp32 logits [T, V] after each. One pass for up to 8.
+
+        A tensor [T] int64 may lie on the device: the host need not know tokens chosen there. On a
+        GPU nothing waits for the device.
+        """
+        forward = self._engine.step if self._seat is None else self._seat.step
         rows = []
         for start in range(0, len(token_ids), MAX_DECODE_TOKENS):
-            part = list(token_ids[start : start + MAX_DECODE_TOKENS])
+            part = torch.as_tensor(token_ids[start : start + MAX_DECODE_TOKENS])
             positions = torch.arange(self.position, self.position + len(part))
-            rows.append(
-                decode_step(self._model, torch.tensor([part]), positions[None], [self.arena])[0]
-            )
+            rows.append(forward(part[None], positions[None], [self.arena])[0])
             self.position += len(part)
             self.steps += 1
         return rows[0] if len(rows) == 1 else torch.cat(rows)

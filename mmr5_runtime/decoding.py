@@ -15,6 +15,11 @@ comes out is what would have come out one token at a time. With a seed this hold
 one draw is made per token either way; it is the rejection rule of speculative sampling for
 proposals that are certain (Leviathan et al., arXiv 2211.17192).
 
+On a device that works while the host goes on, the pass over a token is *launched ahead*: queued
+with the token as the device chose it, before the host has read it. While it runs, the token is
+read, taken to the text and judged, and the next mask is made. Where the answer ends there or text
+has to be forced, the pass is taken back: at most once per answer, and nothing of it is left.
+
 A greedy answer that was given before is *replayed*: its tokens go through the same loop without
 the model, and only where they end is its KV loaded and decoding continued.
 """
@@ -27,6 +32,7 @@ from time import perf_counter
 
 from torch import Tensor
 
+from mmr5_runtime.choosing import Choosing
 from mmr5_runtime.cursor import Cursor
 from mmr5_runtime.deadline import Deadline
 from mmr5_runtime.drafting import Drafter
@@ -34,10 +40,10 @@ from mmr5_runtime.language import Language
 from mmr5_runtime.options import RerankOptions
 from mmr5_runtime.replies import Replay, Step
 from mmr5_runtime.sampler import Sampler
-from mmr5_runtime.stopping.choices import ListScores, choice_logprob, first_choice
+from mmr5_runtime.stopping.choices import ListScores, first_choice
 from mmr5_runtime.stopping.machine import AnswerMachine
 from mmr5_runtime.timing import Timings
-from mmr5_runtime.types import ReasoningEnd, StopReason
+from mmr5_runtime.types import EngineError, ReasoningEnd, StopReason
 
 ANSWER_OPEN = "<answer>["
 EMPTY_REASONING = "<think></think>" + ANSWER_OPEN
@@ -71,7 +77,11 @@ class Decoding:
     """One answer being decoded; iterating yields new token ids, the end token excluded.
 
     ``cursor`` stands behind the prompt and ``logits`` [V] fp32 are what the prompt predicts. After
-    the iteration the cursor stands behind the last token that was read.
+    the iteration the cursor stands behind the last token that was read. ``lookahead`` launches
+    passes ahead; by default where the cursor's device is asynchronous, and never with a drafter,
+    whose guesses need the token. It changes nothing of the answer.
+
+    Raises :class:`EngineError` for logits that are not finite, naming where they come from.
     """
 
     def __init__(
@@ -87,12 +97,19 @@ class Decoding:
         deadline: Deadline,
         drafter: Drafter | None = None,
         replay: Replay | None = None,
+        lookahead: bool | None = None,
     ) -> None:
         self._language, self._cursor, self._sampler = language, cursor, sampler
         self._logits = logits
         self._options, self._limit = options, max_new_tokens
         self._timings, self._deadline = timings, deadline
         self._drafter, self._replay = drafter, replay
+        self._lookahead = drafter is None and (
+            cursor.asynchronous if lookahead is None else lookahead
+        )
+        self._ahead: Tensor | None = None  # logits [1, V] of the pass launched ahead
+        self._launched: float | None = None  # when the pass whose logits are next was launched
+        self._resumed = 0.0  # when the caller came back for more
         self._prompt = cursor.mark
         self._text = b""
         self._forced = 0  # tokens that were nobody's choice, on top of what may be generated
@@ -101,7 +118,11 @@ class Decoding:
 
     def __iter__(self) -> Iterator[int]:
         answer, machine = self.answer, self.answer.machine
-        yield from self._run()
+        try:
+            with self._cursor.together():
+                yield from self._run()
+        finally:
+            self._take_back()
         if answer.reasoning_end == "open" and machine.state not in ("before", "think"):
             answer.reasoning_end = "closed"
 
@@ -123,25 +144,29 @@ class Decoding:
                 if token in self._language.end_ids:
                     return
                 yield token
+                self._resumed = perf_counter()
                 if self._ended():
                     return
                 if closing := self._close_reasoning():
                     break
                 if proposed[index : index + 1] != [token]:
                     break
-            self._settle()
             if closing:
+                self._settle()
                 rows, proposed = [self._force(closing)], []
                 yield from closing
                 if self._is_over(rows[0]):
                     return
+            elif self._ahead is not None:
+                rows, self._ahead = list(self._ahead), None
             else:
+                self._settle()
                 proposed = self._draft()
                 rows = self._next_rows(proposed)
 
     def _choose(self, row: Tensor) -> int:
         """Pick, record and read the next token; an end token ends the answer."""
-        with self._timings.span("decode"):
+        with self._timings.span("decode", wait=False):
             step = self._pick(row)
         self.answer.steps.append(step)
         if step.token in self._language.end_ids:
@@ -160,20 +185,50 @@ class Decoding:
         return self._ended()
 
     def _pick(self, row: Tensor) -> Step:
-        machine, language = self.answer.machine, self._language
-        before = self._sampler.interventions
-        if machine.state != "list":
-            return Step(self._sampler.pick(row))
-        allowed = language.mask.allowed(machine) if self._options.constrain else None
-        token = self._sampler.pick(row, allowed)
-        logprob = choice_logprob(row, token, machine, language.mask, language.vocabulary)
-        return Step(token, logprob, self._sampler.interventions > before)
+        """Choose on the device, launch the pass over the choice, then read what was chosen."""
+        answer, options = self.answer, self._options
+        choosing = Choosing(row, answer.machine, self._sampler, self._language, options.constrain)
+        launched, self._launched = self._launched, None
+        if self._lookahead and self._probably_goes_on():
+            began = perf_counter()
+            self._ahead = self._cursor.step(choosing.token)
+            self._launched = began
+        step = choosing.read()
+        self._observe(launched)
+        if step is None:
+            raise self._not_finite()
+        return step
+
+    def _probably_goes_on(self) -> bool:
+        """Whether a pass over the token being chosen is needed, as far as one can tell before."""
+        written = len(self.answer.steps) + 1
+        budget = self._options.think_budget
+        reasoning = self.answer.machine.state in ("before", "think")
+        if reasoning and budget is not None and written >= budget:
+            return False
+        return written - self._forced < self._limit
+
+    def _not_finite(self) -> EngineError:
+        self._take_back()
+        steps = self.answer.steps
+        self._cursor.forget(self._cursor.mark.length - self._prompt.length - len(steps))
+        return self._cursor.not_finite(steps[-1].token if steps else None)
+
+    def _take_back(self) -> None:
+        """Undo the pass that was launched ahead, if there is one."""
+        if self._ahead is not None:
+            self._ahead = self._launched = None
+            self._cursor.take_back()
+
+    def _observe(self, launched: float | None) -> None:
+        """A pass launched then has ended now: its time, without the caller's, is a step's."""
+        if launched is not None:
+            self._deadline.observe(perf_counter() - max(launched, self._resumed))
 
     def _take(self, step: Step) -> None:
         """Let the machine read a token, and the scores what it chose."""
         data = self._language.vocabulary[step.token]
-        self.answer.scores.observe(step.logprob, data, self.answer.machine)
-        self.answer.machine.feed(data)
+        self.answer.scores.read(step.logprob, data, self.answer.machine)
         self._text += data
 
     def _ended(self) -> bool:
@@ -211,6 +266,7 @@ class Decoding:
 
     def _settle(self) -> None:
         """Forget what was read beyond the last accepted token, which itself comes next."""
+        self._take_back()
         read = self._cursor.mark.length - self._prompt.length
         self._cursor.forget(read - (len(self.answer.steps) - 1))
 
@@ -224,17 +280,17 @@ class Decoding:
         self.answer.drafted += len(proposed)
         return list(self._step([self.answer.steps[-1].token, *proposed]))
 
-    def _step(self, tokens: Sequence[int]) -> Tensor:
-        began = perf_counter()
-        with self._timings.span("decode"):
-            rows = self._cursor.step(tokens)
-        self._deadline.observe(perf_counter() - began)
-        return rows
+    def _step(self, tokens: Sequence[int], wait: bool = False) -> Tensor:
+        self._launched = perf_counter()
+        with self._timings.span("decode", wait=wait):
+            return self._cursor.step(tokens)
 
     def _force(self, tokens: Sequence[int]) -> Tensor:
         """Read ``tokens`` behind the last one, chosen by nobody; logits [V] after them."""
         last = [step.token for step in self.answer.steps[-1:]]
-        row = self._step([*last, *tokens])[-1]
+        row = self._step([*last, *tokens], wait=True)[-1]
+        launched, self._launched = self._launched, None
+        self._observe(launched)  # now: whether there is time left is asked before the next choice
         self._forced += len(tokens)
         for token in tokens:
             self._sampler.observe(token)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -120,10 +121,12 @@ def read_prompt(
     counts: UseCounts,
     timings: Timings,
     deadline: Deadline,
+    turn: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Tensor | None:
     """Read ``prompt`` into an empty cursor; fp32 logits [V] of its last token.
 
-    None when the deadline passed between two segments; what was read by then is remembered.
+    None when the deadline passed between two segments; what was read by then is remembered. Every
+    segment waits for its ``turn()``, so that others can use the model in between.
     """
     chain = (keys.head, *keys.segments)
     nodes = store.prefix(chain)
@@ -145,15 +148,16 @@ def read_prompt(
             if deadline.passed():
                 return None
             ids, page = segments[index]
-            embeddings = [] if page is None else [page.embeddings()]
-            start, length = perf_counter(), cursor.arena.length
-            with timings.span("prefill"):
-                cursor.read(ids, embeddings, _grids(page))
-            cost_ms = 1e3 * (perf_counter() - start)
-            known += 1
-            with timings.span("kv_save"):
-                k, v = cursor.arena.view(length, cursor.arena.length)
-                store.insert(chain[index], chain[index - 1] if index else None, k, v, cost_ms)
+            with turn():
+                embeddings = [] if page is None else [page.embeddings()]
+                start, length = perf_counter(), cursor.arena.length
+                with timings.span("prefill"):
+                    cursor.read(ids, embeddings, _grids(page))
+                cost_ms = 1e3 * (perf_counter() - start)
+                known += 1
+                with timings.span("kv_save"):
+                    k, v = cursor.arena.view(length, cursor.arena.length)
+                    store.insert(chain[index], chain[index - 1] if index else None, k, v, cost_ms)
             counts.segments_read += 1
             counts.tokens_read += len(ids)
     finally:
@@ -161,7 +165,7 @@ def read_prompt(
         ledger.remember(keys, known)
     if deadline.passed():
         return None
-    with timings.span("prefill"):
+    with turn(), timings.span("prefill"):
         logits = cursor.logits(cursor.read(prompt.segments.tail))
     counts.tokens_read += len(prompt.segments.tail)
     return logits

@@ -68,7 +68,7 @@ class WindowRun:
         # Forced text, drafts and probes reach a little beyond what may be generated.
         forced = len(request.loaded.language.encode(EMPTY_REASONING))
         room = self._plan.max_new_tokens + forced + MAX_DECODE_TOKENS
-        self._cursor = Cursor(request.loaded.engine, len(self.token_ids) + room)
+        self._cursor = Cursor(request.loaded.engine, len(self.token_ids) + room, request.seat)
         self._logits: Tensor | None = None
         self._replies: Replies | None = None
 
@@ -79,11 +79,12 @@ class WindowRun:
     def read(self) -> bool:
         """Read the prompt; False when time was over before its end."""
         request, keys = self._request, self._prompt.keys()
-        common = (request.counts, request.timings, request.deadline)
+        common = (request.counts, request.timings, request.deadline, request.turn)
         memory = request.memory
         if self._options.image_kv == "relocate":
             again = Recompute(self._options.recompute, self._options.recompute_first)
-            self._logits = read_relocated_prompt(request, self._prompt, self._cursor, again)
+            with request.turn():
+                self._logits = read_relocated_prompt(request, self._prompt, self._cursor, again)
         else:
             self._logits = read_prompt(
                 self._prompt, keys, self._cursor, memory.segments, memory.ledger, *common

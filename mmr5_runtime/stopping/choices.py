@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 
-import torch
 from torch import Tensor
 
 from mmr5_runtime.stopping.grammar import ENDS
@@ -22,8 +22,21 @@ from mmr5_runtime.stopping.machine import AnswerMachine
 from mmr5_runtime.stopping.mask import PermutationMask
 
 
-def choice_logprob(
-    logits: Tensor,
+def way_logits(logits: Tensor, machine: AnswerMachine, mask: PermutationMask) -> Tensor | None:
+    """Logits [F] of the tokens at a fork, as ``mask.forks`` orders them, for :func:`way_logprob`.
+
+    The ways are those of the tokens that may stand here, grouped by the digit they add, or by
+    ending the id. ``machine`` has read everything so far. On the device of ``logits``, which nobody
+    waits for; None outside the list and where there is no fork.
+    """
+    if machine.state != "list":
+        return None
+    tokens, ways = mask.forks(machine)
+    return logits.index_select(0, tokens) if ways else None
+
+
+def way_logprob(
+    way_logits: Sequence[float],
     token: int,
     machine: AnswerMachine,
     mask: PermutationMask,
@@ -31,17 +44,16 @@ def choice_logprob(
 ) -> float | None:
     """Natural logarithm of the probability with which the model went the way ``token`` goes.
 
-    ``machine`` has read everything before ``token``. The ways are those of the tokens that may
-    stand here, grouped by the digit they add, or by ending the id. None where ``token`` decides
-    nothing: outside the list, no fork, or a token that may not stand here.
+    ``way_logits`` are the numbers of :func:`way_logits`, and ``machine`` is as it was then. None
+    where ``token`` decides nothing: no fork, or a token that may not stand here.
     """
-    if machine.state != "list":
+    data = vocabulary[token]
+    place = machine.grammar_key
+    way = place.way(data)
+    if way is None or not place.allows(data):
         return None
-    data, ways = vocabulary[token], mask.ways(machine)
-    way = machine.grammar_key.way(data)
-    if way is None or way not in ways or not machine.allows(data):
-        return None
-    return _logprobs(logits, ways)[way]
+    _, ways = mask.forks(machine)
+    return _shares(way_logits, ways).get(way)
 
 
 class ListScores:
@@ -60,20 +72,20 @@ class ListScores:
         """
         return self._logprobs
 
-    def observe(self, chosen: float | None, data: bytes, machine: AnswerMachine) -> None:
-        """Take in a token that adds ``data``, with ``machine`` as it was before it.
+    def read(self, chosen: float | None, data: bytes, machine: AnswerMachine) -> None:
+        """Let ``machine`` read a token that adds ``data``, and take in what that completes.
 
-        ``chosen`` is its :func:`choice_logprob`.
+        ``chosen`` is the log-probability of the way it went, None if it decided nothing.
         """
+        known = len(machine.ids)
         if machine.state == "list":
             place = machine.grammar_key
             if not place.digits and place.way(data) is not None:
                 self._writing = None  # an id begins; what came before it named none
             if chosen is not None:
                 self._writing = (self._writing or 0.0) + chosen
-        after = machine.copy()
-        after.feed(data)
-        completed = len(after.ids) - len(machine.ids)
+        machine.feed(data)
+        completed = len(machine.ids) - known
         if completed:
             drawn = self._writing if completed == 1 and self._writing is not None else math.nan
             self._logprobs += (drawn,) * completed
@@ -101,8 +113,9 @@ def first_choice(
         mass: float, row: Tensor, machine: AnswerMachine, written: tuple[int, ...]
     ) -> Iterator[tuple[int, float]]:
         """Divide ``mass``, the probability of the tokens ``written``, among the ids they begin."""
-        place, ways = machine.grammar_key, mask.ways(machine)
-        for way, logprob in _logprobs(row, ways).items():
+        place, (ids, ways) = machine.grammar_key, mask.forks(machine)
+        ids_of = dict(zip(ways, ids.split(list(ways.values())), strict=True))
+        for way, logprob in _shares(row[ids].tolist(), ways).items():
             share = mass * math.exp(logprob)
             if way == ENDS:
                 yield int(place.digits), share
@@ -111,7 +124,7 @@ def first_choice(
             if len(begun) == 1:
                 yield int(begun[0]), share
                 continue
-            likeliest = int(ways[way][row[ways[way]].argmax()])
+            likeliest = int(ids_of[way][row[ids_of[way]].argmax()])
             deeper = machine.copy()
             deeper.feed(vocabulary[likeliest])
             tokens = (*written, likeliest)
@@ -120,7 +133,16 @@ def first_choice(
     return dict(sorted(share_out(1.0, logits, machine, ())))
 
 
-def _logprobs(logits: Tensor, ways: Mapping[bytes, Tensor]) -> dict[bytes, float]:
-    """Log of each way's share of the probability of all ways."""
-    masses = torch.stack([logits[tokens].double().logsumexp(0) for tokens in ways.values()])
-    return dict(zip(ways, masses.log_softmax(0).tolist(), strict=True))
+def _shares(logits: Sequence[float], ways: Mapping[bytes, int]) -> dict[bytes, float]:
+    """Log of each way's share of the probability of all ways; ``ways``: how many go each."""
+    left = iter(logits)
+    masses = [_logsumexp(list(islice(left, count))) for count in ways.values()]
+    whole = _logsumexp(masses)
+    return {way: mass - whole for way, mass in zip(ways, masses, strict=True)}
+
+
+def _logsumexp(numbers: Sequence[float]) -> float:
+    top = max(numbers)
+    if len(numbers) == 1 or math.isinf(top):
+        return top
+    return top + math.log(math.fsum(math.exp(number - top) for number in numbers))

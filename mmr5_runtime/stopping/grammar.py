@@ -9,14 +9,14 @@ without a state per subset, so positions are computed where the decoder stands.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 SPACE = b" \n\t"
 DIGITS = b"0123456789"
 MAX_SPACE = 4
 ENDS = b","  # the way of every byte that ends an id, see `ListPosition.way`
-_COMMA, _BRACKET = b",]"
+COMMA, BRACKET = b",]"
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,19 @@ class ListPosition:
     @cached_property
     def goes_on(self) -> bool:
         """Whether a further digit may follow ``digits``."""
-        return not self.spaces and any(
-            len(number) > len(self.digits) and number.startswith(self.digits)
-            for number in self.free
-        )
+        if self.spaces or len(self.used) == self.num_pages:
+            return False
+        if not self.digits:
+            return True
+        if self.digits.startswith(b"0") or len(self.digits) >= len(str(self.num_pages)):
+            return False
+        first = last = int(self.digits)
+        while (first := 10 * first) <= self.num_pages:
+            last = 10 * last + 9
+            numbers = range(first, min(last, self.num_pages) + 1)
+            if not self.used.issuperset(numbers):
+                return True
+        return False
 
     @property
     def _stuck(self) -> bool:
@@ -63,12 +72,18 @@ class ListPosition:
         position: ListPosition | None = self
         for byte in data:
             assert position is not None
-            if byte == _BRACKET:
-                return position._may_close()
+            if byte == BRACKET:
+                return position.may_close()
             position = position.after(byte)
             if position is None:
                 return False
         return bool(data)
+
+    def fork(self, byte: int) -> bytes | None:
+        """The way of ``byte``, if this is a fork and it comes next; see :meth:`way`."""
+        if byte in DIGITS:
+            return bytes([byte])
+        return ENDS if self.digits and self.goes_on else None
 
     def way(self, data: bytes) -> bytes | None:
         """Which way ``data`` goes at the first fork it meets; None when it meets none.
@@ -82,11 +97,9 @@ class ListPosition:
         for byte in data:
             if position is None:
                 return None
-            if byte in DIGITS:
-                return bytes([byte])
-            if position.digits and position.goes_on:
-                return ENDS
-            if byte == _BRACKET:
+            if (way := position.fork(byte)) is not None:
+                return way
+            if byte == BRACKET:
                 return None
             position = position.after(byte)
         return None
@@ -95,20 +108,24 @@ class ListPosition:
         """The position behind one more byte other than ``]``; None where it may not stand."""
         if byte in SPACE:
             fits = self.spaces < MAX_SPACE and (not self.digits or self.names_free)
-            return replace(self, spaces=self.spaces + 1) if fits else None
+            return self._with(self.used, self.digits, self.spaces + 1) if fits else None
         if byte in DIGITS:
             if self.digits and self.spaces:
                 return None
             digits = self.digits + bytes([byte])
-            longer = replace(self, digits=digits, spaces=0)
+            longer = self._with(self.used, digits, 0)
             return longer if longer.names_free or longer.goes_on else None
-        if byte == _COMMA and (self.names_free or self._stuck):
+        if byte == COMMA and (self.names_free or self._stuck):
             used = self.used | {int(self.digits)} if self.names_free else self.used
             left = len(used) < self.num_pages
-            return replace(self, used=used, digits=b"", spaces=0) if left else None
+            return self._with(used, b"", 0) if left else None
         return None
 
-    def _may_close(self) -> bool:
+    def _with(self, used: frozenset[int], digits: bytes, spaces: int) -> ListPosition:
+        return ListPosition(self.num_pages, used, digits, spaces)
+
+    def may_close(self) -> bool:
+        """Whether ``]`` may come next."""
         if self.digits:
             return self.names_free or (self._stuck and bool(self.used))
         return len(self.used) == self.num_pages

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from helpers.answer_streams import PAGE_COUNTS, random_text
-from helpers.scripted import PROMPT, Script, TokenCursor, mini_language
+from helpers.scripted import PROMPT, Said, Script, TokenCursor, mini_language
 from mmr5_runtime.deadline import Deadline
 from mmr5_runtime.decoding import Answer, Decoding
 from mmr5_runtime.drafting import Drafter, SuffixIndex
@@ -34,7 +35,11 @@ class Run:
     answer: Answer
     yielded: list[int]
     cursor: TokenCursor
-    interventions: int
+    sampler: Sampler
+
+    @property
+    def interventions(self) -> int:
+        return self.sampler.interventions
 
     @property
     def tokens(self) -> list[int]:
@@ -55,10 +60,34 @@ def decode(
     history: SuffixIndex | None = None,
     **options: Any,
 ) -> Run:
-    """Decode what ``script`` says; checks what holds for every answer."""
-    asked, language = RerankOptions(**options), script.language
-    cursor = TokenCursor(script, limit + MAX_DECODE_TOKENS)
-    params = SamplingParams(asked.temperature, seed=asked.seed)
+    """Decode what ``script`` says; checks what holds for every answer.
+
+    What can be is decoded twice, without and with passes launched ahead, and has to be the same.
+    """
+    asked = RerankOptions(**options)
+    said = Said(script)
+    again = copy(deadline)
+    run = _decode(said, num_pages, limit, deadline, replay, history, asked, lookahead=False)
+    if not asked.draft and (asked.seed is not None or not asked.temperature):
+        ahead = _decode(said, num_pages, limit, again, replay, None, asked, lookahead=True)
+        assert_same(ahead, run)
+        return ahead
+    return run
+
+
+def _decode(
+    said: Said,
+    num_pages: int,
+    limit: int,
+    deadline: Deadline | None,
+    replay: Replay | None,
+    history: SuffixIndex | None,
+    asked: RerankOptions,
+    lookahead: bool,
+) -> Run:
+    language = said.language
+    cursor = TokenCursor(said, limit + MAX_DECODE_TOKENS)
+    params = SamplingParams(asked.temperature, seed=asked.seed if asked.temperature else 0)
     sampler = Sampler(params, PROMPT, len(language.vocabulary), CPU)
     ends = sorted(language.end_ids)
     drafter = Drafter(language.encode, ends, num_pages, history) if asked.draft else None
@@ -74,6 +103,7 @@ def decode(
         deadline or Deadline(None),
         drafter,
         replay,
+        lookahead,
     )
     yielded = list(decoding)
     answer = decoding.answer
@@ -85,7 +115,29 @@ def decode(
     if replay is None or answer.replayed < len(answer.tokens):
         assert cursor.written[:known] == answer.tokens[:known]
     assert answer.accepted <= answer.drafted
-    return Run(language, answer, yielded, cursor, sampler.interventions)
+    # A pass launched ahead is used or taken back, and none is launched that cannot be used.
+    assert cursor.launched - cursor.steps <= lookahead
+    if (answer.stop_reason, answer.reasoning_end) == ("max_tokens", "closed"):
+        assert cursor.launched == cursor.steps
+    return Run(language, answer, yielded, cursor, sampler)
+
+
+def assert_same(one: Run, other: Run) -> None:
+    """Whether two runs cannot be told apart by anything but the clock."""
+    first, second = ({**vars(run.answer), "machine": None, "scores": None} for run in (one, other))
+    assert first == second
+    assert vars(one.answer.machine) == vars(other.answer.machine)
+    # As text, since NaN is not equal to itself.
+    assert str(one.answer.scores.logprobs) == str(other.answer.scores.logprobs)
+    assert one.yielded == other.yielded
+    assert one.cursor.mark == other.cursor.mark and one.cursor.steps == other.cursor.steps
+    assert one.cursor.written == other.cursor.written
+    assert _state(one.sampler) == _state(other.sampler)
+
+
+def _state(sampler: Sampler) -> tuple[int, list[int], list[int]]:
+    seen, generator = sampler._seen, sampler._generator
+    return sampler.interventions, seen.nonzero().flatten().tolist(), generator.get_state().tolist()
 
 
 def listing(ids: Sequence[int], reasoning: str = REASONING) -> str:

@@ -76,12 +76,16 @@ class Read:
 
 
 def load(
-    folder: Path, dtype: str = "float32", max_pixels: int = MAX_PIXELS, device: str = "cpu"
+    folder: Path,
+    dtype: str = "float32",
+    max_pixels: int = MAX_PIXELS,
+    device: str = "cpu",
+    kv: str = "bf16",
 ) -> LoadedEngine:
     """The engine in ``folder``, by default on the CPU."""
     return load_engine(
         folder, device=device, dtype=dtype, min_pixels=None, max_pixels=max_pixels,
-        check_hashes=False,
+        check_hashes=False, kv=kv,
     )  # fmt: skip
 
 

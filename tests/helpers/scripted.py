@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from helpers.qwen_ranks import bpe, vocabulary
+from mmr5_runtime.batching import Seat
 from mmr5_runtime.cursor import Cursor, Mark
 from mmr5_runtime.deadline import Deadline
 from mmr5_runtime.engine import Engine
@@ -128,12 +129,28 @@ def _digits(language: Language) -> list[int]:
     return [language.vocabulary.index(b"%d" % digit) for digit in range(10)]
 
 
+class Said:
+    """What a script says, each of it made up once."""
+
+    def __init__(self, script: Script) -> None:
+        self.language = script.language
+        self._script = script
+        self._rows: dict[tuple[int, ...], Tensor] = {}
+
+    def logits(self, written: Sequence[int]) -> Tensor:
+        """:meth:`Script.logits`; not to be changed."""
+        key = tuple(written)
+        if key not in self._rows:
+            self._rows[key] = self._script.logits(written)
+        return self._rows[key]
+
+
 class TokenCursor(Cursor):
     """Stands behind :data:`PROMPT`; the keys and values of a token are its id."""
 
-    def __init__(self, script: Script, capacity: int) -> None:
+    def __init__(self, script: Script | Said, capacity: int) -> None:
         self.arena = KVArena(_TEXT, capacity + len(PROMPT))
-        self.position = self.steps = 0
+        self.position = self.steps = self.launched = 0
         self._script = script
         for token in PROMPT:
             self._append(token)
@@ -159,13 +176,15 @@ class TokenCursor(Cursor):
         self.arena.load(k, v)
         self.position += len(token_ids)
 
-    def step(self, token_ids: Sequence[int]) -> Tensor:
-        assert token_ids and self.position == self.arena.length
+    def step(self, token_ids: Sequence[int] | Tensor) -> Tensor:
+        assert len(token_ids) and self.position == self.arena.length
         rows = []
-        for token in token_ids:
+        for token in torch.as_tensor(token_ids).tolist():
             self._append(token)
             rows.append(self._script.logits(self.written))
-        self.steps += -(-len(token_ids) // MAX_DECODE_TOKENS)
+        passes = -(-len(token_ids) // MAX_DECODE_TOKENS)
+        self.steps += passes
+        self.launched += passes
         return torch.stack(rows)
 
 
@@ -176,8 +195,8 @@ def opinionated(script: Callable[[Cursor], Script]) -> type[Cursor]:
     """
 
     class Opinionated(Cursor):
-        def __init__(self, engine: Engine, capacity: int) -> None:
-            super().__init__(engine, capacity)
+        def __init__(self, engine: Engine, capacity: int, seat: Seat | None = None) -> None:
+            super().__init__(engine, capacity, seat)
             self.tokens: list[int] = []
 
         def rewind(self, mark: Mark) -> None:
@@ -203,10 +222,10 @@ def opinionated(script: Callable[[Cursor], Script]) -> type[Cursor]:
             self.script, self.prompt = script(self), len(self.tokens)
             return self._say(super().logits(hidden))
 
-        def step(self, token_ids: Sequence[int]) -> Tensor:
+        def step(self, token_ids: Sequence[int] | Tensor) -> Tensor:
             real = super().step(token_ids)
             rows = []
-            for token, row in zip(token_ids, real, strict=True):
+            for token, row in zip(torch.as_tensor(token_ids).tolist(), real, strict=True):
                 self.tokens.append(token)
                 rows.append(self._say(row))
             assert len(self.tokens) == self.arena.length

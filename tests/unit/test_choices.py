@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmr5_runtime.stopping.choices import ListScores, choice_logprob, first_choice
+from mmr5_runtime.stopping.choices import ListScores, first_choice, way_logits, way_logprob
 from mmr5_runtime.stopping.machine import AnswerMachine
 from mmr5_runtime.stopping.mask import PermutationMask
 
@@ -128,12 +128,22 @@ def test_first_choice_needs_a_place_before_an_id(listing: bytes) -> None:
         first_choice(model.logits(b""), machine, model.mask, SPACED, model.logits)  # type: ignore[arg-type]
 
 
-def observe(
+def choice_logprob(
+    row: Tensor, token: int, machine: AnswerMachine, model: ToyModel
+) -> float | None:
+    """With which log-probability the model went the way of ``token``, if it decided anything."""
+    logits = way_logits(row, machine, model.mask)
+    if logits is None:
+        return None
+    return way_logprob(logits.tolist(), token, machine, model.mask, model.vocabulary)
+
+
+def read(
     scores: ListScores, model: ToyModel, written: bytes, token: int, machine: AnswerMachine
 ) -> None:
     row, vocabulary = model.logits(written), model.vocabulary
-    drawn = choice_logprob(row, token, machine, model.mask, vocabulary)
-    scores.observe(drawn, vocabulary[token], machine)
+    drawn = choice_logprob(row, token, machine, model)
+    scores.read(drawn, vocabulary[token], machine)
 
 
 @pytest.mark.parametrize("constrained", [True, False])
@@ -148,8 +158,7 @@ def test_scores_of_a_list_are_those_of_its_ids(num_pages: int, constrained: bool
         if not machine.grammar_key.digits:
             before = opened(num_pages, written)
             expected.append(math.log(model.next_ids(before, written)[ids[len(expected)]]))
-        observe(scores, model, written, token, machine)
-        machine.feed(DENSE[token])
+        read(scores, model, written, token, machine)
         written += DENSE[token]
         assert len(scores.logprobs) == len(machine.ids)
     assert machine.ids == tuple(ids)
@@ -159,7 +168,7 @@ def test_scores_of_a_list_are_those_of_its_ids(num_pages: int, constrained: bool
 
 def chosen(model: ToyModel, machine: AnswerMachine, data: bytes) -> float | None:
     token = model.vocabulary.index(data)
-    found = choice_logprob(model.logits(b""), token, machine, model.mask, model.vocabulary)
+    found = choice_logprob(model.logits(b""), token, machine, model)
     return None if found is None else math.exp(found)
 
 
@@ -212,8 +221,7 @@ def test_lists_without_a_mask_score_what_was_drawn() -> None:
     model = ToyModel(SPACED, 2)
     machine, scores = opened(5, constrained=False), ListScores()
     for token in model.tokens(b"x3x,3,9,2 1,4]"):
-        observe(scores, model, b"", token, machine)
-        machine.feed(SPACED[token])
+        read(scores, model, b"", token, machine)
     assert machine.ids == (3, 2, 1, 4)
     third, two, one, four = scores.logprobs
     numbers = [b"1", b"2", b"3", b"4", b"5"]
@@ -226,7 +234,6 @@ def test_an_id_that_came_to_nothing_leaves_nothing_behind() -> None:
     model = ToyModel(SPACED, 2)
     machine, scores = opened(12, constrained=False), ListScores()
     for token in model.tokens(b"19,3,"):
-        observe(scores, model, b"", token, machine)
-        machine.feed(SPACED[token])
+        read(scores, model, b"", token, machine)
     numbers = [b"%d" % digit for digit in range(1, 10)]
     assert scores.logprobs == pytest.approx([math.log(share(model, [b"3"], numbers))])

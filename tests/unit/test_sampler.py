@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -87,6 +89,73 @@ def test_seed_repeats_a_sequence() -> None:
     draws = [[sampler.pick(_logits(i)) for i in range(20)] for sampler in (first, second)]
     assert draws[0] == draws[1]
     assert len(set(draws[0])) > 1
+
+
+@pytest.mark.parametrize("top_k, top_p", [(50, 1.0), (5, 1.0), (50, 0.6)])
+def test_seeded_draws_are_those_of_multinomial(top_k: int, top_p: float) -> None:
+    for seed in range(40):
+        params = SamplingParams(temperature=1.5, top_k=top_k, top_p=top_p, seed=seed)
+        sampler = Sampler(params, [1], VOCAB, CPU)
+        generator = torch.Generator().manual_seed(seed)
+        for place in range(4):
+            best, ids = (_logits(place) / 1.5).topk(min(top_k, VOCAB))
+            chances = best.softmax(-1)
+            if top_p < 1.0:
+                chances = chances.masked_fill(chances.cumsum(-1) - chances >= top_p, 0.0)
+            expected = int(ids[torch.multinomial(chances, 1, generator=generator)])
+            assert sampler.pick(_logits(place)) == expected
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    temperature=st.sampled_from([0.0, 0.8]),
+    masks=st.lists(st.none() | st.sets(st.integers(0, VOCAB - 1), min_size=1), max_size=6),
+)
+def test_a_choice_is_drawn_again_only_where_the_mask_forbids_it(
+    seed: int, temperature: float, masks: list[set[int] | None]
+) -> None:
+    """Against a sampler that looks at its first choice before it makes a second."""
+    params = SamplingParams(temperature, repetition_penalty=1.3, seed=seed)
+    found, expected, changes = (Sampler(params, [3], VOCAB, CPU) for _ in range(3))
+    for place, mask in enumerate(masks):
+        logits = _logits(seed + place)
+        allowed = None if mask is None else torch.tensor(sorted(mask))
+        token = found.pick(logits, allowed)
+        state = expected._generator.get_state()
+        free = expected.pick(logits)
+        if mask is not None and free not in mask:
+            expected._seen.copy_(changes._seen)
+            expected._generator.set_state(state)
+            expected._draw(expected_scores(logits, changes._seen, 1.3))
+            scores = expected_scores(logits, changes._seen, 1.3)
+            assert allowed is not None
+            free = int(allowed[expected._draw(scores[allowed])])
+            expected.observe(free)
+            expected.interventions += 1
+        changes.observe(free)
+        assert token == free
+        assert found.interventions == expected.interventions
+        assert torch.equal(found._seen, changes._seen)
+        assert torch.equal(found._generator.get_state(), expected._generator.get_state())
+
+
+def expected_scores(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    ids = seen.nonzero().flatten()[None]
+    scores: Tensor = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits[None].clone())[0]
+    return scores
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_no_number_shows_in_the_choice(bad: float, temperature: float) -> None:
+    logits, params = _logits(0), SamplingParams(temperature, repetition_penalty=1.1, seed=0)
+    assert Sampler(params, [1], VOCAB, CPU).choose(logits).logit.isfinite().all()
+    logits[17] = bad
+    for allowed in (None, torch.tensor([2, 3]), torch.tensor([17])):
+        choice = Sampler(params, [1], VOCAB, CPU).choose(logits, allowed)
+        assert not choice.logit.isfinite().any()
+        assert 0 <= int(choice.token) < VOCAB  # a pass may follow before anyone looks
 
 
 def test_generation_config_supplies_the_rest() -> None:
