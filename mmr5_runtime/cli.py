@@ -13,6 +13,8 @@ from typing import Any, TextIO, cast, get_args
 
 import torch
 
+from mmr5_runtime.capacity import KVFormat
+from mmr5_runtime.compute import Kernels, Prefill
 from mmr5_runtime.options import (
     DEFAULT_MAX_NEW_TOKENS,
     ImageKV,
@@ -89,12 +91,39 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_decoding(parser.add_argument_group("decoding"))
     _add_reuse(parser.add_argument_group("long lists and reuse"))
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32")
+    _add_compute(parser.add_argument_group("device"))
     parser.add_argument("--verify", action="store_true", help="check the SHA-256 of every file")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--stream", action="store_true", help="show the reasoning as it comes")
     return parser
+
+
+def _add_compute(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    group.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32")
+    group.add_argument(
+        "--kernels",
+        choices=get_args(Kernels),
+        default="auto",
+        help="torch alone, also Triton kernels, also CUDA ones, or those proven here (default)",
+    )
+    group.add_argument(
+        "--prefill",
+        choices=get_args(Prefill),
+        default="exact",
+        help="read prompts with an 8-bit copy of int4 weights: faster, approximate",
+    )
+    group.add_argument(
+        "--kv",
+        choices=get_args(KVFormat),
+        default="bf16",
+        help="int8 keeps keys and values in 8 bits: half the memory, approximate",
+    )
+    group.add_argument(
+        "--graphs",
+        action=argparse.BooleanOptionalAction,
+        help="record decode steps as CUDA graphs (default: where the Triton kernels run them)",
+    )
 
 
 def _add_decoding(group: argparse._ArgumentGroup) -> None:
@@ -159,6 +188,10 @@ def _run(options: argparse.Namespace) -> int:
         verify_hashes=options.verify,
         cache=CacheConfig(disk=options.cache_dir),
         profile=options.profile,
+        kernels=options.kernels,
+        prefill=options.prefill,
+        kv=options.kv,
+        graphs=options.graphs,
     ) as reranker:
         result = _consume(reranker, options, pages)
     if options.json:

@@ -46,14 +46,15 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         """x [M, hidden]; cos, sin [M, D/2] in the dtype of x -> [M, hidden]."""
         spec = self.spec
-        qkv = self.qkv(self.input_norm(x)).unflatten(-1, (-1, spec.head_dim))  # [M, H + 2K, D]
+        qkv = self.qkv.fused(x, norm=self.input_norm.norm)
+        qkv = qkv.unflatten(-1, (-1, spec.head_dim))  # [M, H + 2K, D]
         q, k, v = qkv.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
         if observe is not None:
             observe(self.index, k, v)
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        x = x + self.o_proj(attend(self.index, q, k, v))
-        x = x + self.mlp(self.post_norm(x))
-        return x
+        x = self.o_proj.fused(attend(self.index, q, k, v), residual=x)
+        out: Tensor = self.mlp(x, self.post_norm, residual=x)
+        return out
 
 
 class Decoder(nn.Module):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
+from mmr5_kernels import fused
+from mmr5_kernels.fused import Norm
 from mmr5_runtime.linear import Linear
 
 
@@ -19,12 +19,14 @@ class RMSNorm(nn.Module):
         self.register_buffer("weight", weight)
         self.eps = eps
 
+    @property
+    def norm(self) -> Norm:
+        """The norm as a linear behind it takes it; its weight shares the buffer's memory."""
+        return Norm(self.weight, self.eps)
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., hidden] -> the same shape and dtype."""
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        # Back to the dtype of x before the weight is applied, as the checkpoint was trained.
-        return self.weight * (wide * scale).to(x.dtype)
+        return fused.rms_norm(x, self.norm)
 
 
 class GatedMLP(nn.Module):
@@ -35,8 +37,9 @@ class GatedMLP(nn.Module):
         self.gate_up = gate_up
         self.down = down
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., hidden] -> [..., hidden]."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        out: Tensor = self.down(silu(gate) * up)
-        return out
+    def forward(
+        self, x: Tensor, norm: RMSNorm | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """x [..., hidden] -> [..., hidden]; normalised first and added to ``residual`` if given."""
+        gate_up = self.gate_up.fused(x, norm=None if norm is None else norm.norm)
+        return self.down.fused(gate_up, gated=True, residual=residual)

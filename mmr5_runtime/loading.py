@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from mmr5_kernels.target import Target
 from mmr5_runtime.artifact import TensorReader, read_manifest, verify_hashes
+from mmr5_runtime.capacity import kv_bytes_per_token, weight_bytes
+from mmr5_runtime.compute import resolve
 from mmr5_runtime.engine import Engine
+from mmr5_runtime.exhaustion import memory_errors, weights_shortage
 from mmr5_runtime.image import PixelBudget
 from mmr5_runtime.language import Language
 from mmr5_runtime.model import Model
@@ -26,8 +28,6 @@ from mmr5_runtime.prompt import (
 from mmr5_runtime.reuse.identity import engine_identity
 from mmr5_runtime.types import EngineError, RequestError
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
 
 @dataclass(frozen=True)
 class EngineInfo:
@@ -36,6 +36,7 @@ class EngineInfo:
     ``identity`` (64 hex digits) stands for everything that may change a bit of what it computes;
     pixels are the limits per page; ``context`` is in tokens. ``step_bytes`` are the weights that
     one decode step reads, ``token_kv_bytes`` the keys and values of one token it looks back at.
+    ``kernels``, ``prefill``, ``kv`` and ``graphs`` are how it computes: see ``Reranker.load``.
     """
 
     identity: str
@@ -47,6 +48,10 @@ class EngineInfo:
     context: int
     step_bytes: int
     token_kv_bytes: int
+    kernels: str = "portable"
+    prefill: str = "exact"
+    kv: str = "bf16"
+    graphs: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ class LoadedEngine:
     @property
     def info(self) -> EngineInfo:
         """The engine in a few plain values."""
-        model = self.engine.model
+        model, compute = self.engine.model, self.engine.compute
         return EngineInfo(
             identity=self.identity.hex(),
             profile=self.tokenizer.template.profile,
@@ -85,7 +90,11 @@ class LoadedEngine:
             max_pixels=self.budget.max_pixels,
             context=self.context,
             step_bytes=model.decoder.step_bytes,
-            token_kv_bytes=model.spec.text.token_kv_values * model.dtype.itemsize,
+            token_kv_bytes=kv_bytes_per_token(model.spec.text, model.dtype, model.kv),
+            kernels=compute.target.kernels,
+            prefill=compute.prefill,
+            kv=compute.kv,
+            graphs=compute.graphs,
         )
 
     def prompts(self, layout: Layout) -> PromptTokenizer:
@@ -114,12 +123,19 @@ def load_engine(
     max_pixels: int | None,
     check_hashes: bool,
     profile: str | None = None,
+    kernels: str = "auto",
+    prefill: str = "exact",
+    kv: str = "bf16",
+    graphs: bool | None = None,
+    target: Target | None = None,
 ) -> LoadedEngine:
     """Read and check the manifest, then stream the weights to the device.
 
-    ``profile`` replaces the one that the engine was exported for.
+    ``profile`` replaces the one that the engine was exported for; the options behind it are those
+    of ``Reranker.load``. ``target`` replaces what ``kernels`` gives, for tests.
 
-    Raises EngineError for anything wrong with the folder, RequestError for an option.
+    Raises EngineError for anything wrong with the folder and for a GPU or driver that does not
+    serve what was asked, RequestError for an option.
     """
     manifest = read_manifest(path)
     if check_hashes:
@@ -137,51 +153,45 @@ def load_engine(
             f"profile {template.profile} judges single pages and ranks none; load the engine with "
             f"profile='{DEFAULT_PROFILE}' and use plan='cascade'."
         )
-    where = resolve_device(device)
-    compute = resolve_dtype(dtype, where)
+    compute = resolve(
+        device,
+        dtype,
+        manifest.formats,
+        kernels=kernels,
+        prefill=prefill,
+        kv=kv,
+        graphs=graphs,
+        target=target,
+    )
     # Everything small is checked before the weights are read, which takes minutes at 7B.
     stored = manifest.pixel_budget
     budget = PixelBudget(stored.min_pixels, stored.max_pixels).replaced(min_pixels, max_pixels)
     tokenizer = PromptTokenizer.from_file(path / "tokenizer.json", template)
     generation_config = _read_optional(path / "generation_config.json")
-    with TensorReader(path, manifest) as reader:
-        model = Model.from_tensors(manifest.spec, reader.get, manifest.formats, compute, where)
+    shortage = partial(
+        weights_shortage, weight_bytes(manifest.spec, manifest.formats), compute.device
+    )
+    with TensorReader(path, manifest) as reader, memory_errors(compute.device, shortage):
+        model = Model.from_tensors(
+            manifest.spec,
+            reader.get,
+            manifest.formats,
+            compute.dtype,
+            compute.device,
+            target=compute.target,
+            prefill=compute.prefill,
+            kv=compute.kv,
+        )
     return LoadedEngine(
-        engine=Engine(model, where),
+        engine=Engine(model, compute.device, compute),
         tokenizer=tokenizer,
         budget=budget,
         image_settings=manifest.image_settings,
         generation_config=generation_config,
         context=manifest.spec.text.max_position_embeddings,
-        identity=engine_identity(manifest, compute, where),
+        identity=engine_identity(manifest, compute.dtype, compute.device, compute.to_json()),
         rounds_activations=any(format.activations for format in manifest.formats.values()),
     )
-
-
-def resolve_device(name: str) -> torch.device:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` to a device that is there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise RequestError(f"device={name!r} is unknown; pass auto, cpu, cuda or cuda:N.")
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise RequestError(f"device={name!r} is not there ({count} GPUs seen); pass cpu.")
-    return device
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 on a GPU and float32 on a CPU, where few have bfloat16 arithmetic."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if name not in DTYPES:
-        raise RequestError(f"dtype={name!r} is unknown; pass auto, bfloat16 or float32.")
-    return DTYPES[name]
 
 
 def _read_optional(path: Path) -> Mapping[str, Any]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mmr5_runtime.capacity import kv_bytes_per_token
 from mmr5_runtime.drafting import SuffixIndex
 from mmr5_runtime.loading import LoadedEngine
+from mmr5_runtime.prefetch import pages_ahead
 from mmr5_runtime.reuse.config import CacheConfig, check_limits
 from mmr5_runtime.reuse.encoder_cache import EncoderCache, EncoderCacheStats
 from mmr5_runtime.reuse.ledger import MissLedger, MissTotals
@@ -34,16 +36,17 @@ class Memory:
         """Raises RequestError when a limit cannot hold one page, EngineError for the disk tier."""
         device, spec = loaded.engine.device, loaded.engine.spec
         tokens = loaded.budget.max_pixels // spec.vision.factor**2
-        itemsize = loaded.engine.model.dtype.itemsize
-        text = spec.text
-        per_token = text.token_kv_values * itemsize
+        model, text = loaded.engine.model, spec.text
+        itemsize = model.dtype.itemsize
+        per_token = kv_bytes_per_token(text, model.dtype, model.kv)
         check_limits(
             config,
             device,
             embedding_bytes_per_page=tokens * text.hidden_size * itemsize,
             kv_bytes_per_page=tokens * per_token,
         )
-        self.reader = PageReader(max_image_pixels)
+        # One page more than are prepared ahead: the one that is asked for.
+        self.reader = PageReader(max_image_pixels, threads=1 + pages_ahead(device))
         self.encoder = EncoderCache(config, device, loaded.identity)
         self.segments = SegmentStore(config.kv_bytes, device)
         self.relocatable = RelocatableStore(config.kv_bytes, device)

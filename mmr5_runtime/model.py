@@ -10,6 +10,7 @@ the weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -17,7 +18,10 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from mmr5_kernels.layout import Format
+from mmr5_kernels.target import Target
 from mmr5_runtime.attention import causal_attention
+from mmr5_runtime.capacity import KVFormat
+from mmr5_runtime.compute import Prefill
 from mmr5_runtime.decoder import Decoder
 from mmr5_runtime.kvcache import KVArena
 from mmr5_runtime.spec import ModelSpec
@@ -30,11 +34,14 @@ MAX_DECODE_TOKENS = 8
 
 
 class Model(nn.Module):
-    """Qwen2.5-VL for still pages: ``visual`` and ``decoder``. It keeps nothing of a request."""
+    """Qwen2.5-VL for still pages: ``visual`` and ``decoder``. It keeps nothing of a request.
 
-    def __init__(self, spec: ModelSpec, weights: Weights) -> None:
+    ``kv`` says how the arenas it makes keep keys and values: in the compute dtype, or in 8 bits.
+    """
+
+    def __init__(self, spec: ModelSpec, weights: Weights, kv: KVFormat = "bf16") -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.kv = spec, kv
         self.visual = VisionTower(spec.vision, weights)
         self.decoder = Decoder(spec.text, weights)
 
@@ -46,15 +53,22 @@ class Model(nn.Module):
         formats: Mapping[str, Format] | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        *,
+        target: Target | None = None,
+        prefill: Prefill = "exact",
+        kv: KVFormat = "bf16",
     ) -> Model:
         """Builds the model from tensors fetched one at a time.
 
         ``get(name)`` returns the stored tensor of a canonical name; ``formats`` maps a linear to
         its storage format where it is not dense; ``dtype`` (fp32 or bf16) is what is computed in.
+        ``target`` says which kernels may run, by default what :meth:`Target.of` says of ``device``;
+        ``prefill`` and ``kv`` are those of :class:`~mmr5_runtime.compute.Compute`.
         Raises :class:`CheckpointError` naming a tensor that is missing or has another shape or
         dtype than the config and the format say, :class:`EngineError` for formats that do not fit.
         """
-        return cls(spec, Weights(spec, get, formats or {}, dtype, device))
+        weights = Weights(spec, get, formats or {}, dtype, device, target=target, prefill=prefill)
+        return cls(spec, weights, kv)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -65,9 +79,13 @@ class Model(nn.Module):
     def device(self) -> torch.device:
         return self.decoder.embed_tokens.device
 
+    def here(self) -> AbstractContextManager[object]:
+        """Makes the model's GPU the current one, on which kernels are launched."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
     def new_arena(self, capacity: int) -> KVArena:
         """An empty KV arena for one sequence of at most ``capacity`` tokens."""
-        return KVArena(self.spec.text, capacity, self.dtype, self.device)
+        return KVArena(self.spec.text, capacity, self.dtype, self.device, self.kv)
 
 
 @torch.no_grad()
@@ -113,7 +131,9 @@ def read_tokens(model: Model, embeds: Tensor, positions: Tensor, arena: KVArena)
             "prefilled; give [T, hidden] and [3, T] with T at least 1."
         )
     arena.require(tokens)
-    hidden: Tensor = model.decoder(embeds, positions.to(model.device), partial(_attend, arena))
+    with model.here():
+        attend = partial(attend_one, arena)
+        hidden: Tensor = model.decoder(embeds, positions.to(model.device), attend)
     arena.commit(tokens)
     return hidden
 
@@ -134,7 +154,7 @@ def prefill(
     return logits if all_logits else logits[0]
 
 
-def _attend(arena: KVArena, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend_one(arena: KVArena, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """One sequence's q [T, H, D] over its arena extended by k, v [T, K, D] -> [T, H * D]."""
     return causal_attention(q, *arena.append(layer, k.transpose(0, 1), v.transpose(0, 1)))
 
@@ -158,10 +178,11 @@ def read_together(
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         sequences = zip(arenas, *(rows.split(lengths) for rows in (q, k, v)), strict=True)
-        return torch.cat([_attend(arena, layer, *qkv) for arena, *qkv in sequences])
+        return torch.cat([attend_one(arena, layer, *qkv) for arena, *qkv in sequences])
 
     rotary = torch.cat(list(positions), dim=1).to(model.device)
-    hidden = model.decoder(torch.cat(list(embeds)), rotary, attend)
+    with model.here():
+        hidden = model.decoder(torch.cat(list(embeds)), rotary, attend)
     for arena, tokens in zip(arenas, lengths, strict=True):
         arena.commit(tokens)
     last = torch.tensor(lengths).cumsum(0) - 1
@@ -180,25 +201,28 @@ def decode_step(
     per sequence. Returns logits [B, T, V] fp32. Raises :class:`RequestError` on other sizes and
     :class:`ContextOverflowError` when one arena is full; no arena is changed then.
     """
-    batch, tokens = _decode_shape(token_ids, positions, arenas)
+    batch, tokens = decode_shape(token_ids, positions, arenas)
     for arena in arenas:
         arena.require(tokens)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         sequences = zip(arenas, *(rows.split(tokens) for rows in (q, k, v)), strict=True)
-        return torch.cat([_attend(arena, layer, *qkv) for arena, *qkv in sequences])
+        return torch.cat([attend_one(arena, layer, *qkv) for arena, *qkv in sequences])
 
-    embeds = embedding(token_ids.to(model.device).flatten(), model.decoder.embed_tokens)
-    rotary = positions.to(model.device).flatten().expand(3, -1)
+    # Nobody waits: ordinary memory is copied aside before the call returns.
+    ids = token_ids.to(model.device, non_blocking=True)
+    embeds = embedding(ids.flatten(), model.decoder.embed_tokens)
+    rotary = positions.to(model.device, non_blocking=True).flatten().expand(3, -1)
     logits = model.decoder.logits(model.decoder(embeds, rotary, attend))
     for arena in arenas:
         arena.commit(tokens)
     return logits.view(batch, tokens, -1)
 
 
-def _decode_shape(
+def decode_shape(
     token_ids: Tensor, positions: Tensor, arenas: Sequence[KVArena]
 ) -> tuple[int, int]:
+    """B and T of a decode step; :class:`RequestError` when its arguments do not make one."""
     batch, tokens = token_ids.shape if token_ids.ndim == 2 else (0, 0)
     if not (1 <= batch <= MAX_DECODE_SEQUENCES and 1 <= tokens <= MAX_DECODE_TOKENS):
         raise RequestError(

@@ -7,9 +7,11 @@ the middle of a stream.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 from mmr5_runtime.bank import PageBank
+from mmr5_runtime.batching import Seat
 from mmr5_runtime.deadline import Deadline
 from mmr5_runtime.image import PixelBudget
 from mmr5_runtime.lists.plans import Plan, choose
@@ -44,6 +46,11 @@ class Request:
     counts: UseCounts
     timings: Timings
     deadline: Deadline
+    seat: Seat | None = None  # among requests that run at the same time
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Has the model alone, where several requests run at the same time."""
+        return nullcontext() if self.seat is None else self.seat.turn()
 
     def plan_prompt(
         self, pages: Sequence[int], tokenizer: PromptTokenizer | None = None
@@ -66,7 +73,7 @@ class Request:
         """A planned prompt with its pages and keys."""
         return Prompt(
             segments=plan.segments,
-            pages=tuple(self.bank.page(index) for index in pages),
+            pages=self.bank.pages(pages),
             query=self.query,
             engine=self.loaded.identity,
             profile=(tokenizer or self.tokenizer).template.sha256,
@@ -112,8 +119,11 @@ def open_request(
     query: str,
     pages: Sequence[Page] | Sequence[PageSource],
     options: RerankOptions,
+    seat: Seat | None = None,
 ) -> Request:
     """Check and open everything. ``pages`` that are opened already are taken as they are.
+
+    ``seat`` is the request's among those that run at the same time.
 
     Raises RequestError (PageError, ContextOverflowError) naming the input and the remedy.
     """
@@ -133,7 +143,7 @@ def open_request(
     bank = open_bank(loaded, memory, sources, budget, counts, timings)
     request = Request(
         loaded, memory, query, options, sources, bank, budget, tokenizer, params,
-        "single", None, counts, timings, deadline,
+        "single", None, counts, timings, deadline, seat,
     )  # fmt: skip
     if len(sources) == 1:
         tokenizer.segments(query, [1])  # never read, but a question must be one that can be asked

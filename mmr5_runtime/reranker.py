@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -17,32 +16,45 @@ from typing import Any, Unpack
 
 import torch
 
+from mmr5_runtime.batching import Seat, StepBatcher
+from mmr5_runtime.capacity import KVFormat
+from mmr5_runtime.compute import Kernels, Prefill
 from mmr5_runtime.consistency import ConsistencyReport
 from mmr5_runtime.consistency_check import Query, check
 from mmr5_runtime.document import Document
 from mmr5_runtime.loading import EngineInfo, LoadedEngine, load_engine
 from mmr5_runtime.memory import Memory
+from mmr5_runtime.model import MAX_DECODE_SEQUENCES
 from mmr5_runtime.options import RerankKeywords, RerankOptions
 from mmr5_runtime.pages import DEFAULT_MAX_IMAGE_PIXELS, Page
 from mmr5_runtime.request import open_bank, open_request, open_sources
 from mmr5_runtime.reuse.config import CacheConfig
 from mmr5_runtime.reuse.page_source import PageSource
 from mmr5_runtime.serving import serve
-from mmr5_runtime.types import EngineError, RerankResult, StreamEvent
+from mmr5_runtime.turns import Turns
+from mmr5_runtime.types import EngineError, RequestError, RerankResult, StreamEvent
+from mmr5_runtime.warming import warm_up
 
 
 class Reranker:
     """Reranks page images for a question; made by :meth:`load`.
 
-    The model does one thing at a time: :meth:`rerank` calls from several threads wait for each
-    other, and open streams take turns event by event, so an idle one holds nobody up. Usable as a
-    context manager.
+    One request runs at a time, or up to ``concurrency`` of them: further :meth:`rerank` calls wait
+    in the order of their coming, and open streams take turns event by event, so an idle one holds
+    nobody up. Usable as a context manager.
     """
 
-    def __init__(self, loaded: LoadedEngine, memory: Memory) -> None:
+    def __init__(self, loaded: LoadedEngine, memory: Memory, concurrency: int = 1) -> None:
+        """Raises RequestError for a ``concurrency`` that is not 1 to 8."""
+        if not (isinstance(concurrency, int) and 1 <= concurrency <= MAX_DECODE_SEQUENCES):
+            raise RequestError(
+                f"concurrency={concurrency!r} is not a whole number from 1 to "
+                f"{MAX_DECODE_SEQUENCES}; pass 1 to serve one request at a time."
+            )
         self._loaded: LoadedEngine | None = loaded
         self._memory = memory
-        self._lock = threading.Lock()
+        self._running = Turns(concurrency)
+        self._batcher = StepBatcher(loaded.engine, Turns()) if concurrency > 1 else None
 
     @classmethod
     def load(
@@ -57,6 +69,11 @@ class Reranker:
         verify_hashes: bool = False,
         cache: CacheConfig | None = None,
         profile: str | None = None,
+        kernels: Kernels = "auto",
+        prefill: Prefill = "exact",
+        kv: KVFormat = "bf16",
+        graphs: bool | None = None,
+        concurrency: int = 1,
     ) -> Reranker:
         """Load the engine folder that ``mmr5-export`` wrote.
 
@@ -67,8 +84,23 @@ class Reranker:
         reads every file and compares its SHA-256 (sizes are always compared). ``cache`` bounds
         what is kept from one request to the next; ``profile`` replaces the engine's prompts.
 
-        Raises EngineError for a folder that is missing, incomplete, altered or too new, and for an
-        unusable disk cache; RequestError for an option.
+        ``kernels``: ``portable`` computes with torch alone; ``triton`` also with the Triton kernels
+        of this package (on a GPU, in bfloat16), ``cuda`` with its CUDA C++ kernels too; ``auto``
+        with those of them that were proven on this GPU. ``prefill``: ``int8`` and ``fp8`` read
+        prompts with a second, 8-bit copy of int4 weights, faster and approximate. ``kv``: ``int8``
+        keeps keys and values in 8 bits, half the memory and approximate; ``bf16`` in the compute
+        type. ``graphs`` records decode steps as CUDA graphs, by default wherever the Triton kernels
+        run them; see also :meth:`warm_up`.
+
+        ``concurrency`` requests (1 to 8) run at once when they come from several threads: prompts
+        are read one at a time, page by page, and answers decoded together, which reads the weights
+        once for all of them. Each holds keys and values of its own. Where decode steps are plain
+        torch, as on a CPU, the last bits of logits then depend on what else is being decoded, so
+        that a tie may be decided otherwise from run to run; those of the Triton kernels do not.
+
+        Raises EngineError for a folder that is missing, incomplete, altered or too new, for an
+        unusable disk cache, and for a GPU, driver or Triton that does not serve what was asked;
+        OutOfMemoryError when the weights do not fit; RequestError for an option.
         """
         loaded = load_engine(
             Path(path),
@@ -78,8 +110,22 @@ class Reranker:
             max_pixels=max_pixels,
             check_hashes=verify_hashes,
             profile=profile,
+            kernels=kernels,
+            prefill=prefill,
+            kv=kv,
+            graphs=graphs,
         )
-        return cls(loaded, Memory(cache or CacheConfig(), loaded, max_image_pixels))
+        memory = Memory(cache or CacheConfig(), loaded, max_image_pixels)
+        return cls(loaded, memory, concurrency)
+
+    def warm_up(self) -> int:
+        """Run everything once, so that the first request does not pay for it.
+
+        Kernels are compiled and the usual decode steps recorded; seconds on a GPU. Returns how many
+        steps are recorded: 0 where they run in plain torch.
+        """
+        with self._running.take(self._running.count):
+            return warm_up(self._require_loaded(), self._running.count)
 
     @property
     def info(self) -> EngineInfo:
@@ -105,8 +151,8 @@ class Reranker:
 
         Raises RequestError (PageError, ContextOverflowError) naming the input and the remedy.
         """
-        events = self._start(query, pages, top_k, options)
-        with self._lock, contextlib.closing(events):
+        events = self._start(query, pages, top_k, options, self._seat())
+        with self._running.take(), contextlib.closing(events):
             self._require_loaded()
             for event in events:
                 if isinstance(event, RerankResult):
@@ -152,7 +198,8 @@ class Reranker:
         Bad input raises here, before the first event is asked for. Closing the generator stops
         decoding.
         """
-        return self._take_turns(self._start(query, pages, top_k, options))
+        seat = self._seat()
+        return self._take_turns(self._start(query, pages, top_k, options, seat), seat)
 
     def open_document(self, pages: Sequence[Page]) -> Document:
         """Open and encode ``pages`` now and keep them in memory until the document is closed.
@@ -164,10 +211,11 @@ class Reranker:
         bank = open_bank(loaded, self._memory, sources, loaded.budget)
         document = Document(self.rerank, self._memory, sources, bank.keys)
         try:
-            for index in range(len(bank)):
-                with self._lock:
-                    self._require_loaded()
-                    bank.encode(index)
+            with contextlib.closing(bank):
+                for index in range(len(bank)):
+                    with self._running.take(), self._model():
+                        self._require_loaded()
+                        bank.encode(index)
         except BaseException:
             document.close()
             raise
@@ -184,11 +232,12 @@ class Reranker:
         return check(self.rerank, queries, a, b)
 
     def _take_turns(
-        self, events: Generator[StreamEvent, None, None]
+        self, events: Generator[StreamEvent, None, None], seat: Seat | None
     ) -> Generator[StreamEvent, None, None]:
         with contextlib.closing(events):
             while True:
-                with self._lock:
+                back = contextlib.nullcontext() if seat is None else seat.back()
+                with self._running.take(), back:
                     self._require_loaded()
                     event = next(events, None)
                 if event is None:
@@ -201,19 +250,28 @@ class Reranker:
         pages: Sequence[Page] | Sequence[PageSource],
         top_k: int | None,
         options: RerankKeywords,
+        seat: Seat | None,
     ) -> Generator[StreamEvent, None, None]:
         """Check and open everything now; the model runs when the events are asked for."""
         loaded = self._require_loaded()
         asked = RerankOptions(top_k=top_k, **options)
-        return serve(open_request(loaded, self._memory, query, pages, asked))
+        return serve(open_request(loaded, self._memory, query, pages, asked, seat))
+
+    def _seat(self) -> Seat | None:
+        return None if self._batcher is None else self._batcher.seat()
+
+    def _model(self) -> contextlib.AbstractContextManager[None]:
+        """The model alone; whoever runs has it anyway where only one may run."""
+        return contextlib.nullcontext() if self._batcher is None else self._batcher.model.take()
 
     def close(self) -> None:
         """Free the model and what was kept; further calls raise EngineError.
 
-        Waits for a running request. A stream that is still open keeps the model until it is closed.
+        Waits for running requests. A stream that is still open keeps the model until it is closed.
         """
-        with self._lock:
+        with self._running.take(self._running.count):
             self._loaded = None
+            self._batcher = None
             self._memory.clear()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from contextlib import closing
 
 from mmr5_runtime.cascade import answer, cascade
+from mmr5_runtime.exhaustion import within_memory
 from mmr5_runtime.ranking import BETWEEN_WINDOWS, STATUSES, Record, run_plan
 from mmr5_runtime.request import Request
 from mmr5_runtime.types import PlanUse, RerankResult, StreamEvent, Usage, weakest
@@ -12,6 +14,12 @@ from mmr5_runtime.types import PlanUse, RerankResult, StreamEvent, Usage, weakes
 
 def serve(request: Request) -> Generator[StreamEvent, None, None]:
     """Yield the reasoning as it is decoded, then the result."""
+    # Pages may be in the making when time is over or the caller leaves.
+    with closing(request.bank), within_memory(request):
+        yield from _served(request)
+
+
+def _served(request: Request) -> Generator[StreamEvent, None, None]:
     record = Record()
     if len(request.bank) == 1:
         if request.options.answer:

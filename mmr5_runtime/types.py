@@ -42,6 +42,10 @@ class ContextOverflowError(RequestError):
     """The prompt does not fit the context; the message gives tokens per page and a remedy."""
 
 
+class OutOfMemoryError(Mmr5Error, MemoryError):
+    """Memory does not hold the request or the weights; the message says what would fit."""
+
+
 class EngineError(Mmr5Error):
     """An engine folder is missing, altered, incomplete or of an unknown version."""
 
@@ -59,7 +63,8 @@ class Usage:
     """Token counts of one rerank, all of its prompts together.
 
     ``decode_steps`` counts forward passes after the prompt; fewer than ``completion_tokens`` when
-    drafts were accepted or text was forced.
+    drafts were accepted or text was forced. A pass that a GPU began before it was known that the
+    answer ends there (at most one per answer) is not counted.
     """
 
     prompt_tokens: int

@@ -17,9 +17,10 @@ from mmr5_export.processor import image_settings, read_processor
 from mmr5_export.quantize import quantize_linear
 from mmr5_kernels.layout import INT8_WEIGHT_ONLY, Format
 from mmr5_runtime.artifact import file_sha256
+from mmr5_runtime.compute import resolve_device, resolve_dtype
 from mmr5_runtime.engine import Engine
 from mmr5_runtime.image import PixelBudget
-from mmr5_runtime.loading import LoadedEngine, resolve_device, resolve_dtype
+from mmr5_runtime.loading import LoadedEngine
 from mmr5_runtime.model import Model
 from mmr5_runtime.options import DEFAULT_MAX_NEW_TOKENS
 from mmr5_runtime.prompt import DEFAULT_PROFILE, PromptTokenizer, load_template, template_sha256

@@ -12,7 +12,7 @@ from mmr5_export.options import ExportOptions, OptionError
 from mmr5_export.processor import pixel_budget
 from mmr5_export.recipe import Recipe, load_recipe
 from mmr5_runtime.artifact import PixelRange
-from mmr5_runtime.loading import resolve_device, resolve_dtype
+from mmr5_runtime.compute import resolve_device, resolve_dtype
 from mmr5_runtime.types import CheckpointError, ExportError, RequestError
 
 # What a checkpoint that is quantized already leaves nothing to do for.

@@ -19,13 +19,19 @@ from mmr5_runtime.manifest import Manifest
 CACHE_SCHEMA = 1
 
 
-def engine_identity(manifest: Manifest, dtype: torch.dtype, device: torch.device) -> bytes:
+def engine_identity(
+    manifest: Manifest,
+    dtype: torch.dtype,
+    device: torch.device,
+    compute: Mapping[str, Any] | None = None,
+) -> bytes:
     """SHA-256 (32 bytes) of all that decides the bits of page embeddings and KV but their input.
 
     That is the engine (hashes of its files, architecture, storage of every linear, image settings),
     the arithmetic (compute dtype, device, its library versions and switches, the number of CPU
     threads: a sum that is split otherwise rounds otherwise) and the code (versions of this package,
-    of Pillow and NumPy, which resize pages). Call it after these were set.
+    of Pillow and NumPy, which resize pages). ``compute`` says which kernels run and how prompts and
+    keys and values are kept (``Compute.to_json``). Call it after these were set.
 
     It takes the manifest's word for the files: ``verify_hashes`` of the artifact module checks it.
     """
@@ -39,6 +45,7 @@ def engine_identity(manifest: Manifest, dtype: torch.dtype, device: torch.device
             "image": asdict(manifest.image),
             "dtype": str(dtype),
             "device": _device(device),
+            "compute": dict(compute or {}),
             "versions": {
                 "mmr5-runtime": __version__,
                 "torch": torch.__version__,

@@ -11,6 +11,8 @@ import torch
 
 from helpers.tiny import make_hf_model, read_spec, tiny_configs, write_checkpoint
 from mmr5_kernels.layout import INT4, INT8
+from mmr5_kernels.target import INTERPRETED
+from mmr5_runtime.compute import Compute
 from mmr5_runtime.manifest import (
     FileEntry,
     ImageSettings,
@@ -152,6 +154,22 @@ def test_the_engine_identity_changes_with_whatever_may_change_a_bit(
     finally:
         torch.set_num_threads(threads)
     assert len(keys | {first}) == 7
+
+
+def test_the_engine_identity_changes_with_how_it_computes(manifest: Manifest) -> None:
+    plain = Compute.plain(CPU, torch.bfloat16)
+    computes = [
+        plain,
+        replace(plain, target=INTERPRETED),
+        replace(plain, target=replace(INTERPRETED, interpreted=False)),
+        replace(plain, kv="int8"),
+        replace(plain, prefill="int8"),
+        replace(plain, prefill="fp8"),
+    ]
+    keys = {engine_identity(manifest, torch.bfloat16, CPU, one.to_json()) for one in computes}
+    assert len(keys) == len(computes)
+    graphs = replace(plain, graphs=True)  # the same kernels, launched otherwise
+    assert engine_identity(manifest, torch.bfloat16, CPU, graphs.to_json()) in keys
 
 
 def test_what_people_read_of_an_engine_does_not_matter(manifest: Manifest) -> None:

@@ -1,0 +1,83 @@
+"""What a decode step is told, at addresses that never change.
+
+Ids, positions and the sequence table lie behind each other in one int64 buffer, filled by a single
+copy per step. On a GPU that copy comes from page-locked memory and nobody waits for it: PyTorch
+keeps such memory from being used again before the copy is over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmr5_kernels.sequences import COLUMNS, sequence_table
+from mmr5_runtime.kvcache import KVArena
+from mmr5_runtime.step.buckets import MAX_ROWS, SEQUENCES, Bucket
+
+_SIZE = 2 * MAX_ROWS + COLUMNS * SEQUENCES[-1]
+
+
+class StepInputs(NamedTuple):
+    """Views of the buffer: ids [B * T], positions [B * T], table [B, 6], all int64."""
+
+    ids: Tensor
+    positions: Tensor
+    table: Tensor
+
+
+class InputBuffer:
+    """The one buffer of an engine; every bucket uses the beginning of it."""
+
+    def __init__(self, device: torch.device, vocab_size: int) -> None:
+        self._device = device
+        self._last_id = vocab_size - 1
+        self._buffer = torch.zeros(_SIZE, dtype=torch.int64, device=device)
+
+    def views(self, bucket: Bucket) -> StepInputs:
+        """Where a bucket's inputs lie."""
+        return _split(self._buffer, bucket)
+
+    def fill(
+        self, bucket: Bucket, token_ids: Tensor, positions: Tensor, arenas: Sequence[KVArena]
+    ) -> None:
+        """Tells the next step: token_ids, positions [B, T] int64, one arena per sequence.
+
+        Each of the two tensors may lie on the device, as ids that were just chosen there do, and is
+        then copied from there without waiting. Such ids are clamped into the vocabulary: one that
+        stands for "no token" must not end the process before the host has seen it. Slots that the
+        bucket adds hold no sequence, tokens that it adds are id 0 at position 0.
+        """
+        batch, tokens = token_ids.shape
+        pinned = self._device.type == "cuda"
+        host = torch.zeros(bucket.input_size, dtype=torch.int64, pin_memory=pinned)
+        ids, places, table = _split(host, bucket)
+        slots = [arena.sequence for arena in arenas]
+        table.copy_(sequence_table([*slots, *[None] * (bucket.sequences - batch)]))
+        shape = (bucket.sequences, bucket.tokens)
+        if token_ids.device.type == "cpu":
+            ids.view(shape)[:batch, :tokens] = token_ids
+        if positions.device.type == "cpu":
+            places.view(shape)[:batch, :tokens] = positions
+        self._buffer[: bucket.input_size].copy_(host, non_blocking=True)
+        there = self.views(bucket)
+        if token_ids.device.type != "cpu":
+            chosen = there.ids.view(shape)[:batch, :tokens]
+            chosen.copy_(token_ids.clamp(0, self._last_id))
+        if positions.device.type != "cpu":
+            there.positions.view(shape)[:batch, :tokens].copy_(positions)
+
+    def clear(self, bucket: Bucket) -> None:
+        """Tells a step that has no sequence at all, as when it is only being recorded."""
+        ids, positions, table = self.views(bucket)
+        ids.zero_()
+        positions.zero_()
+        table.copy_(sequence_table([None] * bucket.sequences))
+
+
+def _split(buffer: Tensor, bucket: Bucket) -> StepInputs:
+    rows = bucket.rows
+    table = buffer[2 * rows : bucket.input_size].view(bucket.sequences, COLUMNS)
+    return StepInputs(buffer[:rows], buffer[rows : 2 * rows], table)
