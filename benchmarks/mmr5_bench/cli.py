@@ -15,7 +15,9 @@ from mmr5_bench import commands
 from mmr5_bench import kernels_command as kernels
 from mmr5_bench import latency_command as latency
 from mmr5_bench import mteb_command as mteb
+from mmr5_bench import prove_command as prove
 from mmr5_bench import random_command as random
+from mmr5_bench import targets_command as targets
 from mmr5_bench.mmdocir import command as mmdocir
 from mmr5_bench.peers import command as peers
 from mmr5_bench.report import command as report
@@ -43,12 +45,14 @@ COMMANDS = (
     Command("accuracy", "held-out MiniDocs lists", commands.add_accuracy, commands.run_accuracy),
     Command("mmdocir", "the official MMDocIR protocol", mmdocir.add_arguments, mmdocir.run),
     Command("mteb", "a reranking task of MTEB", mteb.add_arguments, mteb.run),
+    Command("targets", "the GPU engine's targets, all of them", targets.add_arguments, targets.run),
     Command(
         "kernels",
-        "every linear against its floor",
+        "every kernel against its floor, and others' kernels",
         kernels.add_arguments,
         kernels.run,
     ),
+    Command("prove", "which kernels are right on this GPU", prove.add_arguments, prove.run),
     Command("peers", "others on the same work, in the same run", peers.add_arguments, peers.run),
     Command(
         "random",

@@ -1,4 +1,4 @@
-"""``mmr5-bench kernels``: every kernel checked, then timed against a dense product."""
+"""``mmr5-bench kernels``: every kernel checked, then timed beside those of other libraries."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 from mmr5_bench.kernels_bench import FORMAT_NAMES, SHAPE_NAMES
 
 _SECONDS = {"7b": 900.0, "mini": 120.0, "tiny": 15.0}
+_ROWS = {"cuda": (1, 4, 8, 16, 4096, 8192, 13000), "cpu": (1, 4, 8, 17, 256)}
+_GPU_FORMATS = ("int4", "int8", "fp8", "int8-weight-only", "bf16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,20 +22,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="compute type"
     )
     parser.add_argument(
-        "--format", nargs="+", choices=FORMAT_NAMES, default=list(FORMAT_NAMES), metavar="FORMAT"
+        "--format",
+        nargs="+",
+        choices=FORMAT_NAMES,
+        default=[],
+        metavar="FORMAT",
+        help="all on a CPU; what engines are exported in on a GPU",
     )
-    parser.add_argument("--m", type=int, nargs="+", default=[1, 4, 8, 17, 256], help="rows")
+    parser.add_argument("--m", type=int, nargs="+", default=[], help="rows; by device unless given")
     parser.add_argument("--shapes", choices=SHAPE_NAMES, default="7b", help="tiny is a dry run")
     parser.add_argument("--op", nargs="+", default=[], help="only those whose name begins so")
+    parser.add_argument(
+        "--chosen", action="store_true", help="only the kernels that an engine uses by default"
+    )
+    parser.add_argument("--no-libraries", action="store_true", help="ours and a dense product only")
+    parser.add_argument("--vllm-library", type=Path, help="vLLM's operators (see docs/gpu.md)")
+    parser.add_argument(
+        "--interpret", action="store_true", help="Triton kernels on a CPU, with --shapes tiny only"
+    )
     parser.add_argument("--seconds", type=float, help="for all of it; by shapes unless given")
     parser.add_argument("-o", "--output", type=Path, required=True, help="JSON to write")
 
 
 def run(options: argparse.Namespace) -> int:
-    """0 when every kernel is right, 1 when one is not."""
+    """0 when every kernel of ours is right, 1 when one is not."""
     import torch
 
-    from mmr5_bench.kernels_bench.session import KernelOptions, kernels_table, run_kernels
+    from mmr5_bench.kernels_bench.session import KernelOptions, run_kernels
+    from mmr5_bench.kernels_bench.table import kernels_table
+    from mmr5_bench.kernels_bench.verdict import verdict_lines
 
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -44,15 +61,27 @@ def run(options: argparse.Namespace) -> int:
         shapes=options.shapes,
         device=options.device,
         dtype=dtype,
-        formats=tuple(options.format),
-        m=tuple(options.m),
+        formats=tuple(options.format or (_GPU_FORMATS if device.type == "cuda" else FORMAT_NAMES)),
+        m=tuple(options.m or _ROWS[device.type]),
         seconds=_SECONDS[options.shapes] if options.seconds is None else options.seconds,
         ops=tuple(options.op),
+        every=not options.chosen,
+        libraries=not options.no_libraries,
+        vllm=options.vllm_library,
+        interpret=options.interpret,
     )
     evidence = run_kernels(asked, options.output, progress=_say_progress)
     rows = evidence["kernels"]
-    print(kernels_table(rows), file=sys.stderr)
-    failed = [row for row in rows if row["status"] == "failed"]
+    print(kernels_table(rows, dry_run=asked.dry_run), file=sys.stderr)
+    for entry in evidence["skipped"]:
+        print(f"skipped: {entry['subject']}: {entry['reason']}", file=sys.stderr)
+    for row in rows:
+        if row["status"] == "failed":
+            print(f"failed: {row['op']} by {row['kernel']}: {row['reason']}", file=sys.stderr)
+    print("\n".join(verdict_lines(evidence["verdict"])), file=sys.stderr)
+    # What a library gets wrong is in the table; it is not ours to fail for.
+    wrong = [row for row in rows if row["status"] == "failed"]
+    failed = [row for row in wrong if row.get("origin", "ours") == "ours"]
     summary = {**evidence, "kernels": len(rows), "failed": failed}
     print(json.dumps(summary, allow_nan=False))
     return 1 if failed else 0

@@ -27,10 +27,12 @@ from mmr5_bench.random_weights.shapes import (
 )
 from mmr5_bench.random_weights.tensors import RandomTensors
 from mmr5_bench.random_weights.tokens import WHOLE_WORDS, padded_tokenizer_json
+from mmr5_kernels.target import Target
 from mmr5_runtime import Reranker
+from mmr5_runtime.compute import resolve
 from mmr5_runtime.engine import Engine
 from mmr5_runtime.image import PixelBudget
-from mmr5_runtime.loading import LoadedEngine, resolve_device, resolve_dtype
+from mmr5_runtime.loading import LoadedEngine
 from mmr5_runtime.memory import Memory
 from mmr5_runtime.model import Model
 from mmr5_runtime.pages import DEFAULT_MAX_IMAGE_PIXELS
@@ -49,30 +51,54 @@ __all__ = [
 
 
 def random_engine(
-    shape: Shape, quant: Quant, device: str = "auto", dtype: str = "auto", *, seed: int = 7
+    shape: Shape,
+    quant: Quant,
+    device: str = "auto",
+    dtype: str = "auto",
+    *,
+    seed: int = 7,
+    kernels: str = "auto",
+    prefill: str = "exact",
+    kv: str = "bf16",
+    graphs: bool | None = None,
+    target: Target | None = None,
 ) -> LoadedEngine:
     """What ``load_engine`` gives for an engine of ``shape`` exported with ``--quant quant``.
 
     Prompt template, pixel budget and image settings are the checkpoint's own; so are the ids of
-    special tokens, and the ids above them that no text has. ``device`` and ``dtype`` are those of
-    ``Reranker.load``. Raises ValueError for an unknown shape or quant, RequestError for an option.
+    special tokens, and the ids above them that no text has. Options are those of ``Reranker.load``;
+    ``target`` replaces what ``kernels`` gives, for dry runs in Triton's interpreter. Raises
+    ValueError for an unknown shape or quant, RequestError for an option, EngineError for a GPU that
+    does not serve it.
     """
-    where = resolve_device(device)
-    compute = resolve_dtype(dtype, where)
     spec, formats = spec_of(shape), formats_of(shape, quant)
-    tensors = RandomTensors(spec, formats, where, seed)
-    model = Model.from_tensors(spec, tensors.get, formats, compute, where)
+    compute = resolve(
+        *(device, dtype, formats),
+        kernels=kernels,
+        prefill=prefill,
+        kv=kv,
+        graphs=graphs,
+        target=target,
+    )
+    tensors = RandomTensors(spec, formats, compute.device, seed)
+    model = Model.from_tensors(
+        *(spec, tensors.get, formats, compute.dtype, compute.device),
+        target=compute.target,
+        prefill=compute.prefill,
+        kv=compute.kv,
+    )
     mean, std = (tuple(PREPROCESSOR[f"image_{key}"]) for key in ("mean", "std"))
     sizes = {key: PREPROCESSOR[key] for key in ("patch_size", "merge_size", "temporal_patch_size")}
-    made_of = {"random": shape, "quant": quant, "seed": seed, "dtype": str(compute)}
+    made_of = {"random": shape, "quant": quant, "seed": seed, "dtype": str(compute.dtype)}
+    made_of |= {"device": str(compute.device), "torch": torch.__version__}
     return LoadedEngine(
-        engine=Engine(model, where),
+        engine=Engine(model, compute.device, compute),
         tokenizer=_tokenizer(shape),
         budget=PixelBudget(PREPROCESSOR["min_pixels"], PREPROCESSOR["max_pixels"]),
         image_settings={**sizes, "mean": mean, "std": std},
         generation_config=generation_of(config_of(shape)),
         context=spec.text.max_position_embeddings,
-        identity=digest({**made_of, "device": str(where), "torch": torch.__version__}),
+        identity=digest({**made_of, **compute.to_json()}),
         rounds_activations=any(format.activations for format in formats.values()),
     )
 

@@ -37,7 +37,7 @@ from mmr5_bench.peers.rounds import Round, work_of
 from mmr5_bench.peers.workloads import Workload
 from mmr5_bench.random_engine import Quant, Shape, random_engine, reranker_of
 from mmr5_bench.random_weights.shapes import stored_bytes
-from mmr5_runtime import Reranker
+from mmr5_runtime import OutOfMemoryError, Reranker
 from mmr5_runtime.loading import LoadedEngine
 from mmr5_runtime.reuse.config import CacheConfig
 from mmr5_runtime.types import RerankResult
@@ -178,7 +178,7 @@ def measure_random(
             try:
                 per_round = _measure_case(run, case, left / (len(cases) - index))
                 continue
-            except torch.OutOfMemoryError as error:
+            except (torch.OutOfMemoryError, OutOfMemoryError) as error:
                 reason = next(iter(str(error).splitlines()), "out of memory")
             # Not in the handler: until its end the error holds on to what is to be freed.
             if device.startswith("cuda"):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from mmr5_bench.kernels_bench.workload import best_ceilings, floor_ms, usable_ra
 from mmr5_kernels import dispatch
 from mmr5_kernels.dispatch import Prepared
 from mmr5_kernels.layout import INT4
+from mmr5_kernels.target import Target
 
 CPU = torch.device("cpu")
 QKV = ("decoder.qkv",)
@@ -55,7 +57,9 @@ class Ticking:
 def test_every_format_is_timed_in_both_dtypes(tmp_path: Path) -> None:
     output = tmp_path / "kernels.json"
     for dtype in (torch.float32, torch.bfloat16):
-        options = KernelOptions("tiny", dtype=dtype, m=(1, 17), ops=(*QKV, "vision.qkv"))
+        options = KernelOptions(
+            "tiny", dtype=dtype, m=(1, 17), ops=(*QKV, "vision.qkv"), libraries=False
+        )
         run_kernels(options, output)
         document = load_evidence(output)
         timed = Counter((row["op"], row["format"]) for row in document["kernels"])
@@ -111,7 +115,8 @@ def test_bytes_and_floor_of_one_linear_by_hand() -> None:
     op = OPS[0]
     n, k = linear_shape(shapes.spec, op, INT4)
     assert (n, k) == (256 + 2 * 128, 256)  # 2 heads and 1 key head of 128
-    workload = Linears(shapes, CPU, torch.float32, 1 << 16).workload(op, "int4", 4)
+    linears = Linears(shapes, CPU, torch.float32, 1 << 16, [Target("cpu")])
+    workload = linears.workload(op, "int4", 4)
     packed, scales, bias = n * k // 2, 2 * n * (k // 128), 4 * n
     assert workload.nbytes == packed + scales + bias + 4 * (4 * k) + 4 * (4 * n)
     assert workload.shape == (4, 512, 256)
@@ -135,23 +140,31 @@ def test_a_kernel_is_bounded_by_the_fastest_arithmetic_it_may_use() -> None:
         "matmul_flops": {"float32": 8e9, "bfloat16": 2e9},
         "dry_run": False,
     }
-    row = {"bytes": 4_000_000, "flops": 1, "rates": ["float32"], "ms": {"value": 8.0}}
+    row = {"bytes": 4_000_000, "flops": 8_000, "rates": ["float32"], "ms": {"value": 8.0}}
     assert with_floor(row, busy)["share"] == 0.5
-    assert with_floor(row, best) == {**row, "floor_ms": 2.0, "bound": "memory", "share": 0.25}
+    assert with_floor(row, {**best, "copy_bytes_per_s": 1e9}) == {
+        **row,
+        "floor_memory_ms": 2.0,
+        "floor_compute_ms": 1e-3,
+        "floor_ms": 2.0,
+        "bound": "memory",
+        "share": 0.25,
+        "copy_share": 0.5,
+    }
 
 
-def one_wrong(prepared: Prepared, x: Tensor) -> Tensor:
+def one_wrong(name: str, prepared: Prepared, x: Tensor) -> Tensor:
     y = dispatch.run(prepared, x).clone()
     if prepared.format is not None:
         y[-1, -1] += 1.0
     return y
 
 
-def wrong_shape(prepared: Prepared, x: Tensor) -> Tensor:
+def wrong_shape(name: str, prepared: Prepared, x: Tensor) -> Tensor:
     return dispatch.run(prepared, x)[:, :-1]
 
 
-def not_finite(prepared: Prepared, x: Tensor) -> Tensor:
+def not_finite(name: str, prepared: Prepared, x: Tensor) -> Tensor:
     y = dispatch.run(prepared, x).clone()
     y[0, 0] = float("nan")
     return y
@@ -159,7 +172,7 @@ def not_finite(prepared: Prepared, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("broken", [wrong_shape, not_finite])
 def test_a_kernel_without_a_proper_output_fails(broken: Any, tmp_path: Path) -> None:
-    options = KernelOptions("tiny", formats=("int8",), m=(1,), ops=QKV)
+    options = KernelOptions("tiny", formats=("int8",), m=(1,), ops=QKV, libraries=False)
     (row,) = run_kernels(options, tmp_path / "k.json", run=broken)["kernels"]
     assert row["status"] == "failed" and row["max_error"] is None
     assert json.loads((tmp_path / "k.json").read_text())["kernels"] == [row]
@@ -168,11 +181,13 @@ def test_a_kernel_without_a_proper_output_fails(broken: Any, tmp_path: Path) -> 
 def test_one_wrong_output_fails_and_is_not_timed(tmp_path: Path) -> None:
     calls: Counter[str] = Counter()
 
-    def counted(prepared: Prepared, x: Tensor) -> Tensor:
+    def counted(name: str, prepared: Prepared, x: Tensor) -> Tensor:
         calls["dense" if prepared.format is None else "int4"] += 1
-        return one_wrong(prepared, x)
+        return one_wrong(name, prepared, x)
 
-    options = KernelOptions("tiny", formats=("bf16", "int4"), m=(17,), ops=("decoder.down",))
+    options = KernelOptions(
+        "tiny", formats=("bf16", "int4"), m=(17,), ops=("decoder.down",), libraries=False
+    )
     right, wrong = run_kernels(options, tmp_path / "k.json", run=counted)["kernels"]
     assert right["status"] == "ok" and right["format"] == "bf16"
     assert wrong["status"] == "failed" and "ms" not in wrong
@@ -189,7 +204,9 @@ def test_an_interrupted_run_keeps_its_rows(tmp_path: Path) -> None:
         if done == 2:
             raise KeyboardInterrupt
 
-    options = KernelOptions("tiny", formats=("bf16", "int8", "fp8"), m=(1,), ops=QKV)
+    options = KernelOptions(
+        "tiny", formats=("bf16", "int8", "fp8"), m=(1,), ops=QKV, libraries=False
+    )
     with pytest.raises(KeyboardInterrupt):
         run_kernels(options, output, progress=interrupt)
     assert [row["format"] for row in load_evidence(output)["kernels"]] == ["bf16", "int8"]
@@ -198,14 +215,16 @@ def test_an_interrupted_run_keeps_its_rows(tmp_path: Path) -> None:
 
 def test_rows_after_the_budget_are_skipped_with_a_reason(tmp_path: Path) -> None:
     # Each look at the clock takes a second, and a row looks often: the first has 100 / 3 seconds.
-    options = KernelOptions("tiny", formats=("bf16", "int8", "fp8"), m=(1,), ops=QKV, seconds=100)
+    plain = KernelOptions(
+        "tiny", formats=("bf16", "int8", "fp8"), m=(1,), ops=QKV, libraries=False, seconds=100
+    )
     clock = Ticking()
-    document = run_kernels(options, tmp_path / "k.json", clock=clock)
+    document = run_kernels(plain, tmp_path / "k.json", clock=clock)
     rows, skipped = document["kernels"], document["skipped"]
     assert len(rows) + len(skipped) == 3
     seconds = clock.now
     assert seconds < 100 + 20  # the looks that found it spent
-    starved = KernelOptions("tiny", formats=("bf16", "int8"), m=(1, 4), ops=QKV, seconds=5)
+    starved = replace(plain, formats=("bf16", "int8"), m=(1, 4), seconds=5)
     document = run_kernels(starved, tmp_path / "k.json", clock=Ticking())
     assert document["kernels"] == []
     assert [entry["subject"] for entry in document["skipped"]] == [
@@ -227,10 +246,11 @@ def test_rounds_alternate_and_end_with_the_budget() -> None:
     subjects = {"a": [call("a")], "b": [call("b0"), call("b1")]}
     samples = alternate(subjects, Stopwatch(CPU), Budget(1e9), most_rounds=3)
     assert order == ["a", "b0", "a", "b0", "b1", "a", "a", "b0"]
-    assert {name: len(times) for name, times in samples.items()} == {"a": 3, "b": 3}
+    assert {name: len(one.ms) for name, one in samples.items()} == {"a": 3, "b": 3}
+    assert samples["a"].method == "host"
     # One look per untimed call and one per round: the twelfth finds it spent.
     samples = alternate(subjects, Stopwatch(CPU), Budget(12.0, Ticking()), most_rounds=200)
-    assert len(samples["a"]) == len(samples["b"]) == 9
+    assert len(samples["a"].ms) == len(samples["b"].ms) == 9
     with pytest.raises(BudgetSpentError, match="before 5 rounds"):
         alternate(subjects, Stopwatch(CPU), Budget(5.0, Ticking()))
 
@@ -330,7 +350,7 @@ def test_the_command_ends_with_one_line_of_json(
 ) -> None:
     output = tmp_path / "k.json"
     fixed = ("--shapes", "tiny", "--op", *QKV, "--format", "int8", "--m", "1", "4")
-    assert kernels_command.run(parse(*fixed, "-o", str(output))) == 0
+    assert kernels_command.run(parse(*fixed, "--no-libraries", "-o", str(output))) == 0
     printed = capsys.readouterr()
     summary = json.loads(printed.out)
     assert summary["kernels"] == 2 and summary["failed"] == []

@@ -264,25 +264,27 @@ def test_the_plan_has_the_important_first(tmp_path: Path, dry_run: bool) -> None
     assert (
         names
         == (
-            "environment gpu-tests reranks-int4 reranks-bf16 peers kernels reuse reranks-int8 "
-            "lengths-int4 lengths-bf16 lists20-int4 lists20-bf16 dense-int4 dense-bf16 vidore-int4 "
-            "vidore-bf16 export"
+            "environment gpu-tests prove targets kernels reranks-int4 reranks-bf16 peers reuse "
+            "reranks-int8 lengths-int4 lengths-bf16 lists20-int4 lists20-bf16 dense-int4 "
+            "dense-bf16 vidore-int4 vidore-bf16 export"
         ).split()
     )
     by_name = {one.name: one for one in steps}
     assert by_name["reuse"].early == EARLY and by_name["export"].scratch == SCRATCH
     if not dry_run:
-        assert by_name["gpu-tests"].seconds == 90 and by_name["reranks-int4"].seconds == 150
+        assert by_name["gpu-tests"].seconds == 150 and by_name["reranks-int4"].seconds == 150
         assert all(one.margin == CUDA_MARGIN_SECONDS == 25 for one in steps)
         usual, long = (by_name[name].command(9) for name in ("reranks-int4", "lists20-int4"))
         assert usual[usual.index("--pages") :][1:4] == ["10", "5", "--generated"]
         assert long[long.index("--pages") :][1:3] == ["20", "--generated"]
     for one in steps:
         command = one.command(33)
-        assert ("cuda" in command) != dry_run or one.name in ("gpu-tests", "reuse")
-        assert ("7b" in command) != dry_run or one.name in ("gpu-tests", "reuse")
+        by_default = one.name in ("gpu-tests", "reuse", "prove", "targets")
+        assert ("cuda" in command) != dry_run or by_default
+        assert ("7b" in command) != dry_run or by_default
+        assert ("--dry-run" in command) == dry_run or one.name not in ("reuse", "prove", "targets")
         assert one.least < one.seconds
-        assert command[-1] == "33" or one.name in ("gpu-tests", "kernels")
+        assert command[-1] == "33" or one.name == "gpu-tests"
 
 
 def test_from_the_shell_without_anything_installed(tmp_path: Path) -> None:

@@ -95,6 +95,7 @@ class Evidence(TypedDict, total=False):
     qualities: list[QualityRow]
     skipped: list[Skipped]
     kernels: list[dict[str, Any]]
+    verdict: Any
 
 
 def new_evidence(title: str, note: str, machine: Mapping[str, Any]) -> Evidence:

@@ -22,8 +22,8 @@ _CHECKED_QUERIES = 16  # of a prompt; each is independent of the others
 
 
 def attention_sizes(shapes: Shapes) -> list[tuple[int, int]]:
-    """(new tokens, cached tokens) of every case: decode steps first, then a fresh prompt."""
-    return [*((1, cached) for cached in shapes.cached), (shapes.prefill_tokens, 0)]
+    """(new tokens, cached tokens) of every case: decode steps first, then fresh prompts."""
+    return [*((1, cached) for cached in shapes.cached), *((tokens, 0) for tokens in shapes.prompts)]
 
 
 def attention_workload(
@@ -53,17 +53,17 @@ def attention_workload(
         dtype=dtype,
         shape=(tokens, total, text.q_size),
         calls=[partial(causal_attention, q, copy[0], copy[1]) for copy in copies],
-        dense=[partial(_plain_attention, q, copy[0], copy[1]) for copy in copies],
+        dense=[partial(plain_attention, q, copy[0], copy[1]) for copy in copies],
         nbytes=kv.nbytes + 2 * q.nbytes,
         flops=4 * text.q_size * pairs,
         rates=usable_rates(dtype, None),
         cold=kv.nbytes * len(copies) > cache_bytes,
-        error=_error(causal_attention(q, kv[0], kv[1]), q, kv[0], kv[1]),
+        error=attention_error(causal_attention(q, kv[0], kv[1]), q, kv[0], kv[1]),
     )
 
 
-def _plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q [T, H, D]; k, v [K, S + T, D], S or T - 1 zero -> [T, H * D]."""
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Torch's own choice: q [T, H, D]; k, v [K, S + T, D], S or T - 1 zero -> [T, H * D]."""
     groups = q.shape[1] // k.shape[0]
     k, v = (x.repeat_interleave(groups, dim=0) for x in (k, v))
     out = scaled_dot_product_attention(
@@ -72,7 +72,7 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out[0].transpose(0, 1).flatten(1)
 
 
-def _error(found: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Deviation:
+def attention_error(found: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Deviation:
     """Against the definition in fp64, for some of the queries, the first and the last included."""
     tokens, total = q.shape[0], k.shape[1]
     chosen = torch.linspace(0, tokens - 1, min(tokens, _CHECKED_QUERIES)).round().long().tolist()

@@ -157,10 +157,3 @@ def copy_prepared(prepared: dispatch.Prepared) -> dispatch.Prepared:
         for layout, parts in prepared.operands.items()
     }
     return replace(prepared, operands=operands)
-
-
-def kernel_bytes(prepared: dispatch.Prepared, kernel: str) -> int:
-    """Bytes of the weight in the layout that ``kernel`` reads, scales and bias included."""
-    parts = prepared.operands[dispatch.KERNELS[kernel].layout]
-    bias = 0 if prepared.bias is None else prepared.bias.nbytes
-    return sum(tensor.nbytes for tensor in parts.values()) + bias

@@ -18,6 +18,8 @@ from mmr5_runtime.spec import ModelSpec, has_bias, linear_shapes
 # The head is asked for the tokens that are decoded, and for up to 8 that are verified at once;
 # never for a whole prompt.
 MOST_HEAD_ROWS = 32
+PROMPTS = (4096, 8192, 13000)
+CACHED = (4096, 8192, 16384, 32768)
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,14 @@ class Op:
 class Shapes:
     """One model, and the sizes at which it is timed.
 
-    ``patches`` of one page go through the vision tower; ``prefill_tokens`` attend to each other;
-    a decoded token attends to each of ``cached`` tokens in turn.
+    ``patches`` of one page go through the vision tower; each of ``prompts`` is a number of tokens
+    that attend to each other; a decoded token attends to each of ``cached`` tokens in turn.
     """
 
     name: str
     spec: ModelSpec
     patches: int
-    prefill_tokens: int
+    prompts: tuple[int, ...]
     cached: tuple[int, ...]
 
 
@@ -67,16 +69,16 @@ OPS: tuple[Op, ...] = (
 def load_shapes(name: str) -> Shapes:
     """``7b`` (see :mod:`mmr5_bench.random_weights.shapes`), ``mini`` or ``tiny``.
 
-    A page of a million pixels is 5,120 patches of 14 x 14, and 7,000 tokens are five such pages
+    A page of a million pixels is 5,120 patches of 14 x 14, and 13,000 tokens are ten such pages
     with their question. Tiny says nothing about any model. ValueError for another name.
     """
     if name == "7b":
-        return Shapes(name, spec_of("7b"), 5120, 7000, (1024, 7000, 14000))
+        return Shapes(name, spec_of("7b"), 5120, PROMPTS, CACHED)
     if name == "mini":
         config = json.loads((files("mmr5_runtime") / "assets/mini/config.json").read_text())
-        return Shapes(name, ModelSpec.from_hf_config(config), 256, 512, (256, 1024))
+        return Shapes(name, ModelSpec.from_hf_config(config), 256, (512,), (256, 1024))
     if name == "tiny":
-        return Shapes(name, spec_of("tiny"), 32, 48, (40,))
+        return Shapes(name, spec_of("tiny"), 32, (48,), (40,))
     raise ValueError(f"shapes {name!r} are unknown; pass 7b, mini or tiny")
 
 

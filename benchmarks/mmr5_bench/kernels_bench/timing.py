@@ -19,6 +19,8 @@ Call = Callable[[], Tensor]
 
 LEAST_ROUNDS = 5
 MOST_ROUNDS = 200
+GRAPH_BELOW_MS = 0.5  # a launch takes the host some 0.01 ms; above this it is hidden
+GRAPH_LAUNCHES = 20
 _FLUSH_BYTES = 256 << 20
 _UNKNOWN_CACHE = 64 << 20
 _MOST_COPIES = 32
@@ -67,41 +69,111 @@ def copies_needed(nbytes: int, cache: int) -> int:
 
 
 @dataclass(frozen=True)
+class Sampler:
+    """Ready to be timed: ``sample(turn)`` gives milliseconds per call.
+
+    ``method`` says by what: ``host`` clock, CUDA ``events`` around launches, or a CUDA ``graph`` of
+    launches. ``note`` says why it is not a graph where one was asked for.
+    """
+
+    sample: Callable[[int], float]
+    method: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Stopwatch:
     """Milliseconds per call on one device.
 
     On a CPU every call is timed by itself. On CUDA a sample is the mean of one launch per call,
-    between two events, after the cache was overwritten; calls are queued without waiting for each
-    other, so a kernel that takes less time than its launch is timed by its launches, as it would
-    be in a model.
+    between two events, after the cache was overwritten. With ``graphs``, calls that take less than
+    :data:`GRAPH_BELOW_MS` are captured into one CUDA graph, at least :data:`GRAPH_LAUNCHES` of
+    them, and its replay is timed: a kernel of a few microseconds would otherwise be timed by how
+    fast the host launches it. What cannot be captured is timed by events, with the reason noted.
     """
 
     device: torch.device
+    graphs: bool = False
 
-    def time(self, calls: Sequence[Call], turn: int) -> float:
-        """One sample of ``calls``; ``turn`` says whose turn it is where one call is timed."""
-        if self.device.type == "cuda":
-            return self._events(calls, flush=True)
-        call = calls[turn % len(calls)]
+    def ready(self, calls: Sequence[Call]) -> Sampler:
+        """Prepares ``calls``, which do the same work on different memory, to be timed in turn.
+
+        Each must have run before: what is compiled at its first call is not to be captured.
+        """
+        if self.device.type != "cuda":
+            return Sampler(lambda turn: self._host(calls[turn % len(calls)]), "host")
+        note = ""
+        if self.graphs:
+            ms = min(self._events(calls, flush=True) for _ in range(2))  # the first may compile
+            if ms < GRAPH_BELOW_MS:
+                try:
+                    return self._captured(calls)
+                except RuntimeError as error:
+                    note = f"not captured: {next(iter(str(error).splitlines()), 'no reason given')}"
+            else:
+                note = f"{ms:.2f} ms a call: launches are hidden without a graph"
+        return Sampler(lambda turn: self._events(calls, flush=True), "events", note)
+
+    def hot(self, call: Call) -> Sampler:
+        """The same memory again and again, as long as it stays in the cache (CUDA only)."""
+        if self.graphs:
+            try:
+                return self._captured([call], flush=False)
+            except RuntimeError:
+                pass
+        return Sampler(lambda turn: self._events([call] * GRAPH_LAUNCHES, flush=False), "events")
+
+    def _host(self, call: Call) -> float:
         start = time.perf_counter_ns()
         call()
         return (time.perf_counter_ns() - start) / 1e6
 
-    def time_hot(self, call: Call, launches: int = 20) -> float:
-        """The same weight again and again, as long as it stays in the cache (CUDA only)."""
-        return self._events([call] * launches, flush=False)
+    def _captured(self, calls: Sequence[Call], *, flush: bool = True) -> Sampler:
+        """RuntimeError when something of it cannot be captured, or needs memory of its own."""
+        launches = list(calls) * -(-GRAPH_LAUNCHES // len(calls))
+        with torch.cuda.device(self.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for call in calls:
+                    call()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for call in launches:
+                    call()
+            graph.replay()
+            torch.cuda.synchronize()
+        return Sampler(
+            lambda turn: self._between(graph.replay, flush=flush) / len(launches), "graph"
+        )
 
     def _events(self, calls: Sequence[Call], *, flush: bool) -> float:
+        def launch() -> None:
+            for call in calls:
+                call()
+
+        return self._between(launch, flush=flush) / len(calls)
+
+    def _between(self, work: Callable[[], object], *, flush: bool) -> float:
         with torch.cuda.device(self.device):
             if flush:
                 torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=self.device).zero_()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            for call in calls:
-                call()
+            work()
             end.record()
             end.synchronize()
-        return float(start.elapsed_time(end)) / len(calls)
+        return float(start.elapsed_time(end))
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What was measured of one subject: ms per call, one per round, and how (see Sampler)."""
+
+    ms: list[float]
+    method: str
+    note: str = ""
 
 
 def alternate(
@@ -110,18 +182,20 @@ def alternate(
     budget: Budget,
     *,
     most_rounds: int = MOST_ROUNDS,
-) -> dict[str, list[float]]:
-    """Samples in ms of every subject, one per round; each round begins with another subject.
+) -> dict[str, Samples]:
+    """Samples of every subject, one per round; each round begins with another subject.
 
     The first call of each runs once untimed; the memory of the others was written just before.
     Rounds go on until the budget is spent or there are ``most_rounds``; none is begun after the
     end. Raises :class:`BudgetSpentError` when that is before :data:`LEAST_ROUNDS`.
     """
-    for calls in subjects.values():
+    ready: dict[str, Sampler] = {}
+    for name, calls in subjects.items():
         _check(budget)
         calls[0]()
+        ready[name] = watch.ready(calls)
     names = list(subjects)
-    samples: dict[str, list[float]] = {name: [] for name in names}
+    samples = {name: Samples([], ready[name].method, ready[name].note) for name in names}
     for number in range(most_rounds):
         if budget.left <= 0:
             if number >= min(LEAST_ROUNDS, most_rounds):
@@ -129,7 +203,7 @@ def alternate(
             _check(budget)
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            samples[name].append(watch.time(subjects[name], number))
+            samples[name].ms.append(ready[name].sample(number))
     return samples
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -12,6 +12,7 @@ from mmr5_bench.evidence.statistics import latency_summary, ratio_interval
 from mmr5_bench.kernels_bench.operands import TOLERANCES, Deviation
 from mmr5_bench.kernels_bench.timing import Budget, Call, Stopwatch, alternate
 
+Origin = Literal["ours", "library"]
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
@@ -23,7 +24,9 @@ class Workload:
     ``dense`` do the same work, one call per copy of what they read. ``nbytes`` is the least that
     goes through memory: what is stored and read, the input and the output, each once. ``flops``
     counts a multiply-add as two. ``rates`` names the ceilings whose fastest bounds the arithmetic.
-    ``cold`` says whether the copies together are larger than the last cache.
+    ``cold`` says whether the copies together are larger than the last cache. ``origin`` is ``ours``
+    or ``library``; ``chosen`` says whether the engine would take this kernel for this size.
+    ``allowed`` is how far it may be from the reference, by dtype unless given.
     """
 
     op: str
@@ -38,11 +41,19 @@ class Workload:
     rates: tuple[str, ...]
     cold: bool
     error: Deviation
+    origin: Origin = "ours"
+    chosen: bool = True
+    allowed: Deviation | None = None
+
+    @property
+    def tolerance(self) -> Deviation:
+        """The largest deviation of a right kernel."""
+        return self.allowed or TOLERANCES[self.dtype]
 
     @property
     def is_right(self) -> bool:
         """Whether outputs are as near to the reference as they have to be."""
-        allowed = TOLERANCES[self.dtype]
+        allowed = self.tolerance
         return self.error.largest <= allowed.largest and self.error.rms <= allowed.rms
 
     def row(self) -> dict[str, Any]:
@@ -52,6 +63,8 @@ class Workload:
             "op": self.op,
             "format": self.format,
             "kernel": self.kernel,
+            "origin": self.origin,
+            "chosen": self.chosen,
             "dtype": DTYPE_NAMES[self.dtype],
             "shape": list(self.shape),
             "bytes": self.nbytes,
@@ -72,10 +85,10 @@ def usable_rates(dtype: torch.dtype, activations: str | None) -> tuple[str, ...]
     return tuple(dict.fromkeys(name for name in names if name))
 
 
-def floor_ms(
+def floors_ms(
     nbytes: int, flops: int, rates: Sequence[str], ceilings: dict[str, Any]
-) -> tuple[float, str]:
-    """Least time at the measured ceilings, and what sets it: "memory" or "compute".
+) -> dict[str, float]:
+    """Least time by "memory" and by "compute" at the measured ceilings, in ms.
 
     ``ceilings`` is from :func:`mmr5_bench.evidence.ceilings.measure_ceilings`. ValueError when it
     has none of ``rates``.
@@ -83,8 +96,19 @@ def floor_ms(
     reached = [ceilings["matmul_flops"][rate] for rate in rates if rate in ceilings["matmul_flops"]]
     if not reached:
         raise ValueError(f"no matmul ceiling of {' or '.join(rates)} was measured; measure one")
-    memory, compute = nbytes / ceilings["memory_bytes_per_s"], flops / max(reached)
-    return max(memory, compute) * 1e3, "memory" if memory >= compute else "compute"
+    return {
+        "memory": 1e3 * nbytes / ceilings["memory_bytes_per_s"],
+        "compute": 1e3 * flops / max(reached),
+    }
+
+
+def floor_ms(
+    nbytes: int, flops: int, rates: Sequence[str], ceilings: dict[str, Any]
+) -> tuple[float, str]:
+    """The larger of :func:`floors_ms`, and its name."""
+    floors = floors_ms(nbytes, flops, rates, ceilings)
+    bound = max(floors, key=lambda name: floors[name])
+    return floors[bound], bound
 
 
 def measure(
@@ -101,7 +125,7 @@ def measure(
     """
     row = workload.row()
     if not workload.is_right:
-        allowed = TOLERANCES[workload.dtype]
+        allowed = workload.tolerance
         reason = (
             f"differs from the reference by {workload.error.largest:.2g} of its largest output "
             f"and {workload.error.rms:.2g} by mean square; {allowed.largest:g} and "
@@ -111,26 +135,45 @@ def measure(
     samples = alternate(
         {"ours": workload.calls, "dense": workload.dense}, watch, budget, most_rounds=most_rounds
     )
-    ours, dense = latency_summary(samples["ours"]), latency_summary(samples["dense"])
+    mine, theirs = samples["ours"].ms, samples["dense"].ms
+    ours, dense = latency_summary(mine), latency_summary(theirs)
     row |= {
         "status": "ok",
-        "rounds": len(samples["ours"]),
+        "rounds": len(mine),
         "cold": workload.cold,
+        "method": samples["ours"].method,
+        "timing_note": samples["ours"].note,
         "ms": ours["p50"],
         "p95_ms": ours["p95"],
         "dense_ms": dense["p50"],
-        "ratio": ratio_interval(samples["dense"], samples["ours"], "p50", paired=False),
+        "ratio": ratio_interval(theirs, mine, "p50", paired=False),
     }
     if watch.device.type == "cuda":
-        hot = [watch.time_hot(workload.calls[0]) for _ in range(min(10, most_rounds))]
+        again = watch.hot(workload.calls[0])
+        hot = [again.sample(number) for number in range(min(10, most_rounds))]
         row["hot_ms"] = latency_summary(hot)["p50"]
     return with_floor(row, ceilings)
 
 
 def with_floor(row: dict[str, Any], ceilings: dict[str, Any]) -> dict[str, Any]:
-    """A timed row held against ``ceilings``: ``floor_ms``, what sets it, and floor over median."""
-    floor, bound = floor_ms(row["bytes"], row["flops"], row["rates"], ceilings)
-    return {**row, "floor_ms": floor, "bound": bound, "share": floor / row["ms"]["value"]}
+    """A timed row held against ``ceilings``.
+
+    ``floor_ms`` is the larger of ``floor_memory_ms`` and ``floor_compute_ms``, ``bound`` its name,
+    ``share`` floor over median. ``copy_share`` is how fast the row's bytes went by, over how fast a
+    copy moves bytes.
+    """
+    floors = floors_ms(row["bytes"], row["flops"], row["rates"], ceilings)
+    bound = max(floors, key=lambda name: floors[name])
+    ms = row["ms"]["value"]
+    copied = ceilings.get("copy_bytes_per_s", ceilings["memory_bytes_per_s"])
+    return {
+        **row,
+        **{f"floor_{name}_ms": value for name, value in floors.items()},
+        "floor_ms": floors[bound],
+        "bound": bound,
+        "share": floors[bound] / ms,
+        "copy_share": 1e3 * row["bytes"] / ms / copied,
+    }
 
 
 def best_ceilings(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:

@@ -30,8 +30,8 @@ from mmr5_bench.mmdocir.pages import PageTable, find_shards
 from mmr5_bench.quantization import Contender, open_contender
 from mmr5_runtime import Reranker
 from mmr5_runtime.artifact import file_sha256
+from mmr5_runtime.compute import resolve_device, resolve_dtype
 from mmr5_runtime.image import PixelBudget
-from mmr5_runtime.loading import resolve_device, resolve_dtype
 from mmr5_runtime.options import RerankKeywords, RerankOptions, Stop, ThinkMode
 from mmr5_runtime.prompt import load_template
 from mmr5_runtime.reuse.config import CacheConfig

@@ -118,7 +118,7 @@ def setting_of(options: argparse.Namespace) -> Setting:
     from mmr5_bench.peers.base import Setting
     from mmr5_bench.peers.checkpoints import check_engines
     from mmr5_export.source import locate
-    from mmr5_runtime.loading import resolve_device
+    from mmr5_runtime.compute import resolve_device
 
     engines: dict[str, Path] = {}
     for given in options.engine:

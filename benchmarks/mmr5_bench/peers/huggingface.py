@@ -23,7 +23,7 @@ from mmr5_bench.peers.base import Answer, ListWork, Peer, Reading, Setting
 from mmr5_bench.peers.huggingface_inputs import InputReader, Inputs, open_inputs
 from mmr5_bench.peers.prompts import hash_pixels
 from mmr5_bench.peers.reference_answer import read_as_reference
-from mmr5_runtime.loading import DTYPES
+from mmr5_runtime.compute import DTYPES
 from mmr5_runtime.rope import Grid
 from mmr5_runtime.timing import Timings
 

@@ -106,7 +106,7 @@ class Int4Linear(nn.Module):
         self.group_size = group_size
         self.features = weight.shape[0]
         codes, both = quantize_groups(weight, group_size)
-        self.register_buffer("packed", _pack(codes))
+        self.register_buffer("packed", pack_codes(codes))
         self.register_buffer("scales_and_zeros", both.to(weight.dtype))
         self.bias = None if linear.bias is None else linear.bias.detach()
 
@@ -124,7 +124,8 @@ class Int4Linear(nn.Module):
         return y.view(*x.shape[:-1], self.features)
 
 
-def _pack(codes: Tensor) -> Tensor:
+def pack_codes(codes: Tensor) -> Tensor:
+    """Codes [N, K] int32 in 0..15 as tinygemm reads them on the device of the codes."""
     if not codes.is_cuda:
         packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
         return packed

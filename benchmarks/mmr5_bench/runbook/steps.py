@@ -26,11 +26,16 @@ PEERS = (
 )
 PEERS_LISTS = "--workload mmdocir --pages 10 --generated 110 --lists 8".split()
 PEERS_DRY = "--workload small --pages 2 --generated 3 --lists 1".split()
+KERNELS_DRY = "--interpret --dtype bfloat16 --format int4 int8 --m 1 65".split()
+KERNELS_DRY += ["--op", "decoder.qkv", "attention", "rope_append", "greedy", "vision.window"]
+VLLM_LIBRARY = Path(".kit") / "_C_stable_libtorch.abi3.so"
+PROOF, PROVEN = "proof.json", "proven.json"
 GPU_LIBRARIES = ("llmcompressor", "compressed_tensors")
 _CALL = ("-m", "mmr5_bench.runbook.call")
 ENVIRONMENT = "environment.json"
+INTERPRETED_SECONDS = 400.0
 EARLY = 75  # EX_TEMPFAIL: no exit status of a crash
-SCRATCH = "export-scratch-"  # how folders begin that hold a whole checkpoint for a while
+SCRATCH = "export-scratch-"  # how folders begin that hold whole weights for a while
 MARGIN_SECONDS, CUDA_MARGIN_SECONDS = 5.0, 25.0  # a device takes long to be left
 EXPORT_BYTES = 30_000_000_000  # the checkpoint of 16.6 GB, the engine, and some room
 
@@ -83,6 +88,9 @@ def plan_steps(checkout: Path, out: Path, *, dry_run: bool) -> list[Step]:
             (ENVIRONMENT,),
         ),
         plan.gpu_tests(),
+        plan.prove(),
+        plan.targets(),
+        plan.kernels(),
     ]
     usual, both = ("10", "5"), ("int4", "bf16")
 
@@ -94,7 +102,7 @@ def plan_steps(checkout: Path, out: Path, *, dry_run: bool) -> list[Step]:
             steps.append(plan.reranks(name, quant, workload, pages, generated, (150, 45)))
 
     reranks("reranks", "mmdocir", usual, ("110",), *both)
-    steps += [plan.peers(), plan.kernels(), plan.reuse()]
+    steps += [plan.peers(), plan.reuse()]
     reranks("reranks", "mmdocir", usual, ("110",), "int8")
     reranks("lengths", "mmdocir", ("10",), ("30", "300"), *both)
     reranks("lists20", "mmdocir", ("20",), ("110",), *both)
@@ -158,7 +166,7 @@ class _Plan:
             "gpu-tests",
             f"the tests of the CUDA path{without}",
             lambda bound: [*command, "-q", "-p", "no:cacheprovider"],
-            (90, 20),
+            (150, 20),
             needs=("pytest", "hypothesis", "transformers"),
         )
 
@@ -204,16 +212,53 @@ class _Plan:
         needs = ("mmr5_bench.peers.command", "transformers")
         return self.step("peers", "peers", about, command, (300, 60), ("peers.json",), needs)
 
-    def kernels(self) -> Step:
-        options = ["--shapes", self.shape, "--device", self.device, "-o", self.file("kernels.json")]
+    def prove(self) -> Step:
+        options = ["--out", str(self.out), *(["--dry-run"] if self.dry_run else [])]
 
         def command(bound: float) -> list[str]:
-            bound = min(bound, 8) if self.dry_run else bound
-            return self.command("mmr5_bench.kernels_command", *options, "--seconds", f"{bound:g}")
+            return self.command("mmr5_bench.prove_command", *options, "--seconds", f"{bound:g}")
 
-        about = "every kernel against its reference and a dense product"
+        about = "every kernel of ours against its reference; which are right on this GPU"
+        files = (PROOF,) if self.dry_run else (PROOF, PROVEN)
+        needs = ("mmr5_bench.prove_command", "triton")
+        return self.long(self.step("prove", "prove", about, command, (300, 60), files, needs))
+
+    def targets(self) -> Step:
+        options = ["-o", self.file("targets.json"), *(["--dry-run"] if self.dry_run else [])]
+
+        def command(bound: float) -> list[str]:
+            given = [*options, *self.vllm_options(), "--seconds", f"{bound:g}"]
+            return self.command("mmr5_bench.targets_command", *given)
+
+        about = "every target of the GPU engine, by several configurations"
+        needs = ("mmr5_bench.targets_command",)
+        files = ("targets.json", "targets.md")
+        # In a call of ten minutes it is left to the next one, rather than cut in half.
+        step = self.step("targets", "targets", about, command, (480, 300), files, needs)
+        return replace(self.long(step), scratch=SCRATCH)
+
+    def kernels(self) -> Step:
+        options = ["--shapes", self.shape, "--device", self.device, "-o", self.file("kernels.json")]
+        if self.dry_run:
+            options += KERNELS_DRY
+
+        def command(bound: float) -> list[str]:
+            given = [*options, *self.vllm_options(), "--seconds", f"{bound:g}"]
+            return self.command("mmr5_bench.kernels_command", *given)
+
+        about = "every kernel of ours and of other libraries, each against its reference and floor"
         needs = ("mmr5_bench.kernels_command",)
-        return self.step("kernels", "kernels", about, command, (180, 30), ("kernels.json",), needs)
+        files = ("kernels.json",)
+        return self.long(self.step("kernels", "kernels", about, command, (300, 60), files, needs))
+
+    def long(self, step: Step) -> Step:
+        """A step whose dry run interprets Triton kernels, which takes minutes."""
+        return replace(step, seconds=INTERPRETED_SECONDS) if self.dry_run else step
+
+    def vllm_options(self) -> list[str]:
+        """vLLM's operators where they were put into the checkout (see docs/gpu.md)."""
+        path = self.checkout / VLLM_LIBRARY
+        return ["--vllm-library", str(path)] if path.is_file() else []
 
     def reuse(self) -> Step:
         script = str(self.checkout / "benchmarks" / "gpu" / "reuse_7b.py")

@@ -1,0 +1,1 @@
+"""The targets of the GPU engine, each measured under several configurations in one run."""

@@ -1,0 +1,94 @@
+"""How long it takes until an engine has answered: importing, loading, the first list.
+
+Runs in a process of its own, so that nothing is imported, compiled or loaded before::
+
+    python -m mmr5_bench.targets.first_rerank FOLDER --device cuda --shape 7b
+
+The last line is one JSON object of seconds. Files that were just written lie in the page cache of
+the system, so loading is timed from there and not from the disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+_MODULE = "mmr5_bench.targets.first_rerank"
+_TRITON_CACHE = "TRITON_CACHE_DIR"
+
+
+def measure(
+    folder: Path, device: str, kernels: str, compiled: Path, *, pages: int, written: int
+) -> dict[str, float]:
+    """Seconds in a new process whose compiled kernels are kept in ``compiled``.
+
+    ``import_s``, ``load_s``, ``first_s``, ``second_s``, and ``total_s`` from the call of ``load``
+    to the end of the first rerank. RuntimeError with its last line when the process fails.
+    """
+    command = [sys.executable, "-m", _MODULE, str(folder), "--device", device]
+    command += ["--kernels", kernels, "--pages", str(pages), "--written", str(written)]
+    environment = {**os.environ, _TRITON_CACHE: str(compiled)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["it said nothing"]
+        raise RuntimeError(f"the process of the first rerank failed: {lines[-1]}")
+    found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    """Command line entry."""
+    parser = argparse.ArgumentParser(description="Time the way to the first rerank.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--kernels", default="auto")
+    parser.add_argument("--pages", type=int, default=10)
+    parser.add_argument("--written", type=int, default=110)
+    options = parser.parse_args()
+    start = time.perf_counter()
+    import mmr5_runtime
+
+    imported = time.perf_counter() - start
+    print(json.dumps({"import_s": imported, **_reranks(mmr5_runtime, options)}))
+
+
+def _reranks(mmr5_runtime: Any, options: argparse.Namespace) -> dict[str, float]:
+    pages = [_page(number) for number in range(options.pages)]
+    start = time.perf_counter()
+    reranker = mmr5_runtime.Reranker.load(
+        options.folder, options.device, dtype="bfloat16", kernels=options.kernels
+    )
+    loaded = time.perf_counter()
+    asking = {"max_new_tokens": options.written, "stop": "eos", "constrain": False}
+    times = []
+    for number in range(2):
+        began = time.perf_counter()
+        reranker.rerank(f"Which page shows figure {number}?", pages, plan="single", **asking)
+        times.append(time.perf_counter() - began)
+    return {
+        "load_s": loaded - start,
+        "first_s": times[0],
+        "second_s": times[1],
+        "total_s": loaded - start + times[0],
+    }
+
+
+def _page(number: int) -> bytes:
+    """An image file of 616 visual tokens."""
+    import io
+
+    from PIL import Image
+
+    held = io.BytesIO()
+    Image.new("RGB", (616, 784), (number, 255 - number, 128)).save(held, format="PNG")
+    return held.getvalue()
+
+
+if __name__ == "__main__":
+    main()
