@@ -24,6 +24,32 @@ from mmr5_runtime.reuse.page_source import PageSource
 from mmr5_runtime.timing import Timings
 
 
+class PagePreparations:
+    """Makes the preparation of every page of a request; holds no bank and no embeddings.
+
+    Threads and a :class:`Prefetch` keep it, and the bank keeps those: were it the bank itself, all
+    pages of a request would stay until the collector of cycles comes by.
+    """
+
+    def __init__(
+        self, loaded: LoadedEngine, sources: Sequence[PageSource], budget: PixelBudget
+    ) -> None:
+        self._settings, self._device = loaded.image_settings, loaded.engine.device
+        self._sources, self._budget = sources, budget
+
+    def __call__(self, index: int) -> Preparation[Tensor | BytePage]:
+        """The one of candidate ``index``, not started."""
+        source = self._sources[index]
+        return Preparation(source.image, partial(self._cut, index), source.decoded)
+
+    def _cut(self, index: int, image: Image.Image) -> Tensor | BytePage:
+        """A decoded page as its device wants it."""
+        with naming(self._sources[index].page, index):
+            if self._device.type == "cpu":
+                return preprocess(image, self._budget, **self._settings).pixel_values
+            return preprocess_bytes(image, self._budget, **self._settings)
+
+
 class PageBank:
     """Gives out every page's embeddings, each encoded at most once in the life of the request.
 
@@ -43,12 +69,14 @@ class PageBank:
         timings: Timings,
     ) -> None:
         self._loaded, self._memory = loaded, memory
-        self._sources, self._budget = sources, budget
+        self._sources = sources
         self._counts, self._timings = counts, timings
         self.planned = planned
         self._held: dict[bytes, Tensor] = {}
         self._device = loaded.engine.device
-        self._prefetch = Prefetch(self._preparation, pages_ahead(self._device))
+        self._prefetch = Prefetch(
+            PagePreparations(loaded, sources, budget), pages_ahead(self._device)
+        )
         self.keys = [
             page_key(source.pixels, page.sizes, loaded.image_settings, loaded.identity)
             for source, page in zip(sources, planned, strict=True)
@@ -59,22 +87,27 @@ class PageBank:
 
     def page(self, index: int) -> PromptPage:
         """Candidate ``index`` (0-based) as a prompt needs it; the ones behind it come next."""
-        return self.pages(range(index, len(self)))[0]
+        return self._page(range(index, len(self)), 0)
 
     def pages(self, indices: Sequence[int]) -> tuple[PromptPage, ...]:
         """Candidates in the order of one prompt, which reads each of them once it reads the first.
 
         Where threads prepare pages, asking for the embeddings of one sets them to those behind it.
         """
-        return tuple(
-            PromptPage(
-                key=self.keys[index],
-                pixels=self._sources[index].pixels,
-                grid=self.planned[index].grid,
-                embeddings=partial(self.embeddings, index, then=indices[place + 1 :]),
-            )
-            for place, index in enumerate(indices)
+        return tuple(self._page(indices, place) for place in range(len(indices)))
+
+    def _page(self, indices: Sequence[int], place: int) -> PromptPage:
+        index = indices[place]
+        return PromptPage(
+            key=self.keys[index],
+            pixels=self._sources[index].pixels,
+            grid=self.planned[index].grid,
+            embeddings=partial(self.embeddings, index, then=self._behind(indices, place)),
         )
+
+    def _behind(self, indices: Sequence[int], place: int) -> Sequence[int]:
+        """As many of ``indices`` behind ``place`` as can be prepared at once."""
+        return indices[place + 1 : place + 1 + self._prefetch.ahead]
 
     def embeddings(self, index: int, then: Sequence[int] = ()) -> Tensor:
         """[tokens, hidden] in the compute dtype, on the model's device.
@@ -94,12 +127,13 @@ class PageBank:
 
         The candidates behind it are taken to be next.
         """
-        self._expect(range(index, len(self)))
+        self._expect([index, *self._behind(range(index, len(self)), 0)])
         self._find(index)
 
     def close(self) -> None:
-        """Stop preparing pages; nothing is left running afterwards."""
+        """Stop preparing pages and let go of all; nothing is left running afterwards."""
         self._prefetch.close()
+        self._held.clear()
 
     def _expect(self, indices: Sequence[int]) -> None:
         """Have the pages among ``indices`` prepared that nothing remembers, each once."""
@@ -137,15 +171,3 @@ class PageBank:
         self._memory.encoder.put(key, embeddings, grid)
         self._counts.pages_encoded += 1
         return embeddings
-
-    def _preparation(self, index: int) -> Preparation[Tensor | BytePage]:
-        source = self._sources[index]
-        return Preparation(source.image, partial(self._cut, index), source.decoded)
-
-    def _cut(self, index: int, image: Image.Image) -> Tensor | BytePage:
-        """A decoded page as its device wants it."""
-        settings = self._loaded.image_settings
-        with naming(self._sources[index].page, index):
-            if self._device.type == "cpu":
-                return preprocess(image, self._budget, **settings).pixel_values
-            return preprocess_bytes(image, self._budget, **settings)

@@ -9,12 +9,18 @@ reader is slow leaves while it waits for that reader.
 What is run together: the steps that were handed in first, up to eight, and of those the ones with
 the same number of tokens at once (one token, or a draft of several; a different number is another
 pass). On the kernels of the GPU path a row does not depend on its company. In plain torch, sums are
-ordered by the number of rows, so the last bits of logits may differ from those of a step alone.
+ordered by the number of rows, so the last bits of logits may differ from those of a step alone; a
+seat says whether it had company.
+
+Calls, batches and errors refer to each other while a pass runs, and let go of each other when it is
+over: what hangs on them (arenas, logits) must not wait for the collector of cycles.
 """
 
 from __future__ import annotations
 
+import copy
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -43,7 +49,8 @@ class Steps(Protocol):
 @dataclass(eq=False)
 class _Call:
     """One step handed in: token_ids, positions [1, T]. ``batch`` is set for the one that runs it,
-    ``logits`` [1, T, V] or ``error`` when it has been run."""
+    ``logits`` [1, T, V] or ``error`` when it has been run, ``shared`` if others were run with it.
+    """
 
     token_ids: Tensor
     positions: Tensor
@@ -51,7 +58,8 @@ class _Call:
     woken: threading.Event = field(default_factory=threading.Event)
     batch: list[_Call] | None = None
     logits: Tensor | None = None
-    error: BaseException | None = None
+    error: Exception | None = None
+    shared: bool = False
 
     @property
     def tokens(self) -> int:
@@ -60,6 +68,19 @@ class _Call:
     @property
     def served(self) -> bool:
         return self.logits is not None or self.error is not None
+
+    def result(self) -> Tensor:
+        """The logits, or raises the error; asked once, since it lets go of everything."""
+        logits, error = self.logits, self.error
+        self.batch = self.logits = self.error = None
+        del self.arena  # an error holds frames in which this call is known
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error
+        assert logits is not None
+        return logits
 
 
 class StepBatcher:
@@ -92,11 +113,11 @@ class StepBatcher:
             self._joined -= 1
             self._start()
 
-    def step(self, token_ids: Tensor, positions: Tensor, arena: KVArena) -> Tensor:
-        """One step of a joined decoder, run with those of the others; logits [1, T, V] fp32.
+    def step(self, token_ids: Tensor, positions: Tensor, arena: KVArena) -> tuple[Tensor, bool]:
+        """One step of a joined decoder: logits [1, T, V] fp32, and whether it had company.
 
         Raises :class:`ContextOverflowError` when the arena is full, without anyone else noticing;
-        what a pass raises reaches everyone who shared it.
+        what a pass raises reaches everyone who shared it, each as an exception of its own.
         """
         arena.require(token_ids.shape[1])
         call = _Call(token_ids, positions, arena)
@@ -110,10 +131,7 @@ class StepBatcher:
         except BaseException:  # interrupted: the others go on without this one
             self._withdraw(call)
             raise
-        if call.error is not None:
-            raise call.error
-        assert call.logits is not None
-        return call.logits
+        return call.result(), call.shared
 
     def _start(self) -> None:
         """If nobody is missing, wake one of those that wait, to run the step of all."""
@@ -128,6 +146,7 @@ class StepBatcher:
                 self._waiting.remove(call)
             elif call.batch is not None:
                 rest = [other for other in call.batch if other is not call and not other.served]
+                call.batch = None
                 if rest:
                     _lead(rest)
 
@@ -139,8 +158,10 @@ class StepBatcher:
             try:
                 self._run_together(together)
             except Exception as error:
+                # The frames of the pass hold the arenas of all, and one may keep the error.
+                traceback.clear_frames(error.__traceback__)
                 for call in together:
-                    call.error = error
+                    call.error = error if call is batch[-1] else _again(error)
             except BaseException:  # meant for this thread alone
                 for call in together:
                     call.error = _interrupted()
@@ -155,23 +176,34 @@ class StepBatcher:
         device = self._engine.device
         ids = [call.token_ids for call in calls]
         if len({part.device for part in ids}) > 1:  # some just chosen there, some written here
-            ids = [
-                part if part.device.type != "cpu" else upload(part[0].tolist(), device)[None]
-                for part in ids
-            ]
+            ids = [upload(part, device) for part in ids]
         positions = torch.cat([call.positions for call in calls])
         with self.model.take():
             self.passes += 1
             self.steps += len(calls)
             logits = self._engine.step(torch.cat(ids), positions, [call.arena for call in calls])
         for call, rows in zip(calls, logits.split(1), strict=True):
-            call.logits = rows
+            call.logits, call.shared = rows, len(calls) > 1
 
 
 def _lead(batch: list[_Call]) -> None:
     leader = batch[-1]  # if it has just come, it need not be woken
     leader.batch = batch
     leader.woken.set()
+
+
+def _again(error: Exception) -> Exception:
+    """The same error for another thread: raising one writes into it where it came by.
+
+    It does not refer to ``error``, which holds the frames of a thread, but says where that was.
+    """
+    try:
+        other = copy.copy(error)
+    except Exception:  # of a class that cannot be made from its arguments
+        other = EngineError(f"a decode step failed: {error}")
+    where = "".join(traceback.format_exception(error)).rstrip()
+    other.__notes__ = [*getattr(error, "__notes__", ()), f"From a shared decode step:\n{where}"]
+    return other
 
 
 def _interrupted() -> EngineError:
@@ -186,6 +218,7 @@ class Seat:
     def __init__(self, batcher: StepBatcher) -> None:
         self._batcher = batcher
         self._decoding = self._joined = False
+        self.shared = False  # whether a step was run with those of others, until told otherwise
 
     @contextmanager
     def joined(self) -> Iterator[None]:
@@ -215,7 +248,9 @@ class Seat:
     def step(self, token_ids: Tensor, positions: Tensor, arenas: Sequence[KVArena]) -> Tensor:
         """:meth:`Engine.step` for one arena, together with the steps of the other seats."""
         (arena,) = arenas
-        return self._batcher.step(token_ids, positions, arena)
+        logits, shared = self._batcher.step(token_ids, positions, arena)
+        self.shared |= shared
+        return logits
 
     def _join(self) -> None:
         if not self._joined:

@@ -13,19 +13,62 @@ from typing import Literal
 
 import torch
 
+from mmr5_kernels import footprint
 from mmr5_kernels.layout import Format
-from mmr5_runtime.spec import ModelSpec, TextSpec, VisionSpec, stored_tensors
+from mmr5_kernels.target import Target
+from mmr5_runtime.spec import ModelSpec, TextSpec, VisionSpec, linear_shapes, stored_tensors
 
 KVFormat = Literal["bf16", "int8"]
 
 _SCALE_BYTES = 4  # of an 8-bit key or value of one head of one token
 _WIDE = 4  # norms compute in fp32
+_FIRST = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # run with them
 
 
 def weight_bytes(spec: ModelSpec, formats: Mapping[str, Format]) -> int:
-    """Bytes of all stored tensors, which is what the weights take on the device as well."""
+    """Bytes of all stored tensors; :func:`loaded_bytes` is what becomes of them."""
     tensors = stored_tensors(spec, formats).values()
     return sum(dtype.itemsize * math.prod(shape) for shape, dtype in tensors)
+
+
+def loaded_bytes(
+    spec: ModelSpec,
+    formats: Mapping[str, Format],
+    dtype: torch.dtype,
+    target: Target,
+    prefill: str = "exact",
+) -> int:
+    """Bytes that the weights take once loaded, in all layouts and copies, but for some padding.
+
+    With ``prefill`` "int8" or "fp8" the decoder layers have a second copy; where a prompt expands
+    int4, the memory for the largest expanded weight is counted as well.
+    """
+    stored, linears = stored_tensors(spec, formats), linear_shapes(spec, formats)
+    total = scratch = 0
+    for name, (shape, _) in stored.items():
+        linear, _, suffix = name.rpartition(".")
+        if linear not in linears or suffix == "bias":
+            total += math.prod(shape) * dtype.itemsize
+    for name, (n, k) in _joined(linears).items():
+        format = formats.get(name)
+        total += footprint.weight_bytes(format, target, dtype, n, k)
+        if not name.startswith("model.layers."):
+            continue
+        if prefill != "exact" and format is not None and format.activations is None:
+            total += footprint.copy_bytes(format, prefill, n, k)
+        else:
+            scratch = max(scratch, footprint.scratch_bytes(format, target, dtype, n, k))
+    return total + scratch
+
+
+def _joined(linears: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """Shapes of the linears as they are run, under the name of the first: q, k, v as one."""
+    joined: dict[str, tuple[int, int]] = {}
+    for name, (n, k) in linears.items():
+        before, _, part = name.rpartition(".")
+        first = f"{before}.{_FIRST.get(part, part)}".removeprefix(".")
+        joined[first] = joined.get(first, (0, k))[0] + n, k
+    return joined
 
 
 def kv_bytes_per_token(text: TextSpec, dtype: torch.dtype, kv: KVFormat = "bf16") -> int:

@@ -11,6 +11,7 @@ group are read together, their linears over all rows at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterator, Sequence
 
 import torch
@@ -108,19 +109,24 @@ def _judge_together(
         cursor.read_head(segments.head, cursors[0] if cursors else None)
         ids = torch.tensor([*segments.pages[0], *segments.tail])
         prompt_page = request.bank.page(page)
-        places, _ = mrope_positions(ids, [prompt_page.grid], model.spec, cursor.position)
+        places, behind = mrope_positions(ids, [prompt_page.grid], model.spec, cursor.position)
         record.prompt_tokens += len(segments.ids)
         record.image_tokens += request.bank.planned[page].tokens
         request.counts.tokens_read += len(ids) + (0 if cursors else len(segments.head))
         embeds.append(embed_prompt(model, ids, [prompt_page.embeddings()]))
         positions.append(places)
+        cursor.follow(behind, segments.tail[-1])
         cursors.append(cursor)
     if cursors:
         request.counts.page_prefills += len(cursors)
         with request.timings.span("judge"):
             arenas = [cursor.arena for cursor in cursors]
             logits = read_together(model, embeds, positions, arenas)
+            tops = logits.amax(1).tolist()
             shares = logits[:, list(verdicts)].double().softmax(-1)[:, 0].tolist()
+        for cursor, top in zip(cursors, tops, strict=True):
+            if not math.isfinite(top):  # a NaN or an infinity is above any number
+                raise cursor.not_finite(None)
         for (page, _), chance in zip(group, shares, strict=False):
             chances[page] = chance
 

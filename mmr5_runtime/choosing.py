@@ -8,7 +8,6 @@ whether the mask changed it, how sure the model was) comes in one small copy.
 from __future__ import annotations
 
 import math
-import struct
 
 import torch
 from torch import Tensor
@@ -57,19 +56,16 @@ class Choosing:
 
         The machine must not have been fed since.
         """
-        token, logit, *more = self._reading.wait().tolist()
-        if not math.isfinite(_number(logit)):
+        bits = self._reading.wait()
+        whole, numbers = bits.tolist(), bits.view(torch.float64).tolist()
+        token = whole[0]
+        if not math.isfinite(numbers[1]):
             return None
-        changed = self._choice.changed is not None and bool(more.pop(0))
+        masked = self._choice.changed is not None
+        changed = masked and bool(whole[2])
         self._sampler.settle(self._choice, changed)
         if self._ways is None:
             return Step(token, None, changed)
         mask, vocabulary = self._language.mask, self._language.vocabulary
-        logits = [_number(bits) for bits in more]
+        logits = numbers[2 + masked :]
         return Step(token, way_logprob(logits, token, self._machine, mask, vocabulary), changed)
-
-
-def _number(bits: int) -> float:
-    """The float64 that has the bits of an int64."""
-    value: float = struct.unpack("<d", struct.pack("<q", bits))[0]
-    return value

@@ -8,9 +8,9 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 
-from mmr5_kernels import proven
+from mmr5_kernels import proven, tuning
 from mmr5_kernels.layout import Format
-from mmr5_kernels.target import Target
+from mmr5_kernels.target import Target, triton_version
 from mmr5_runtime.capacity import KVFormat
 from mmr5_runtime.types import EngineError, RequestError
 
@@ -19,6 +19,7 @@ Prefill = Literal["exact", "int8", "fp8"]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _FP8_CAPABILITY = (8, 9)
+_PROMPT_KERNELS = {"int8": "int8_gemm", "fp8": "fp8_scaled_mm"}
 _OURS = ("triton", "cuda")
 _STEP_KERNELS = ("rope_append", "decode_attention")  # what a fused decode step cannot do without
 
@@ -46,12 +47,18 @@ class Compute:
         return all(self.target.allows(kernel) for kernel in _STEP_KERNELS)
 
     def to_json(self) -> dict[str, Any]:
-        """All of it that may change a bit of a result, for the engine's identity."""
+        """All of it that may change a bit of a result, for the engine's identity.
+
+        Where kernels of ours run, that is also what compiles them and the sizes of their tiles:
+        both decide in which order sums are added up.
+        """
         target = self.target
         allowed: list[str] = []
         if target.kernels == "auto" and target.capability is not None:
             allowed = sorted(proven.names(target.capability))
-        return {
+        ours = target.kernels in _OURS or allowed
+        made = {"triton": triton_version(), "tuning": tuning.digest()} if ours else {}
+        return made | {
             "kernels": target.kernels,
             "proven": allowed,
             "interpreted": target.interpreted,
@@ -82,7 +89,7 @@ def resolve(
     _among("prefill", prefill, Prefill)
     _among("kv", kv, KVFormat)
     wide = compute is torch.float32
-    if kernels in _OURS and wide:
+    if target is None and where.type == "cuda" and kernels in _OURS and wide:
         raise RequestError(
             f"kernels={kernels!r} computes in bfloat16 only; pass dtype='bfloat16', or "
             "kernels='auto'."
@@ -93,9 +100,15 @@ def resolve(
     found = Compute(where, compute, target, cast(Prefill, prefill), cast(KVFormat, kv))
     possible = where.type == "cuda" and found.fused_steps
     if graphs and not possible:
+        if where.type == "cpu":
+            remedy = "device='cuda'"
+        elif wide:
+            remedy = "dtype='bfloat16' and kernels='triton'"
+        else:
+            remedy = "kernels='triton'"
         raise RequestError(
             "graphs=True records decode steps of the Triton kernels on a GPU, but those of this "
-            f"engine are plain torch on {where}; leave graphs out, or pass kernels='triton'."
+            f"engine are plain torch on {where}; leave graphs out, or pass {remedy}."
         )
     return replace(found, graphs=possible if graphs is None else graphs)
 
@@ -156,4 +169,10 @@ def _check_prefill(prefill: str, formats: Mapping[str, Format], target: Target) 
         raise EngineError(
             "prefill='fp8' needs a GPU that multiplies 8-bit floats (compute capability 8.9 or "
             f"newer), and this one has {sm[0]}.{sm[1]}; pass prefill='int8'."
+        )
+    if target.device_type == "cuda" and not target.allows(_PROMPT_KERNELS[prefill]):
+        raise EngineError(
+            f"prefill={prefill!r} would run on the reference here, slower than in 16 bits: its "
+            "kernel is not among those that may be used; pass kernels='triton', or leave prefill "
+            "out."
         )

@@ -59,6 +59,10 @@ class Cursor:
         """Forget the last ``tokens``, all of them text."""
         self.rewind(Mark(self.arena.length - tokens, self.position - tokens))
 
+    def follow(self, position: int, token: int) -> None:
+        """Stand behind what others read into the arena: the next position and the last token."""
+        self.position, self._last_read = position, token
+
     def take_back(self) -> None:
         """Forget the last step, of one token, as if it had never been made."""
         self.forget(1)
@@ -71,7 +75,8 @@ class Cursor:
     def not_finite(self, token: int | None) -> EngineError:
         """The error for logits that are no numbers; ``token`` was read last, None in the prompt."""
         last = self._last_read if token is None else token
-        return self._engine.not_finite(last, self.position - 1, self.arena)
+        with nullcontext() if self._seat is None else self._seat.turn():
+            return self._engine.not_finite(last, self.position - 1, self.arena)
 
     @torch.inference_mode()
     def read(

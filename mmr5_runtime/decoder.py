@@ -9,7 +9,9 @@ which row belongs to which sequence; that part is the argument ``attend``, suppl
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor, nn
 
 from mmr5_runtime.layers import GatedMLP, RMSNorm
@@ -22,6 +24,11 @@ from mmr5_runtime.weights import Weights
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 # (layer, k [M, K, D] before rotation, v [M, K, D]); sees what positions have not touched yet.
 Observe = Callable[[int, Tensor, Tensor], None]
+
+
+def here(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the current one: Triton launches on that, wherever the tensors lie."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class DecoderLayer(nn.Module):
@@ -85,17 +92,19 @@ class Decoder(nn.Module):
 
         ``observe``, if given, is shown every layer's keys before they are rotated.
         """
-        cos, sin = (table.to(x.dtype) for table in self.rotary(positions))
-        for layer in self.layers:
-            x = layer(x, cos, sin, attend, observe)
+        with here(x.device):
+            cos, sin = (table.to(x.dtype) for table in self.rotary(positions))
+            for layer in self.layers:
+                x = layer(x, cos, sin, attend, observe)
         return x
 
     @property
     def step_bytes(self) -> int:
-        """Bytes of weights that a decode step reads: every linear once, and no row more."""
-        return sum(m.prepared.num_bytes for m in self.modules() if isinstance(m, Linear))
+        """Bytes of weights that a decode step of one token reads: every linear once."""
+        return sum(m.prepared.step_bytes for m in self.modules() if isinstance(m, Linear))
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states x [M, hidden] -> [M, V] fp32."""
-        out: Tensor = self.lm_head(self.norm(x))
-        return out.float()
+        with here(x.device):
+            out: Tensor = self.lm_head(self.norm(x))
+            return out.float()

@@ -26,9 +26,9 @@ the model, and only where they end is its KV loaded and decoding continued.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from time import perf_counter
 
 from torch import Tensor
 
@@ -37,6 +37,7 @@ from mmr5_runtime.cursor import Cursor
 from mmr5_runtime.deadline import Deadline
 from mmr5_runtime.drafting import Drafter
 from mmr5_runtime.language import Language
+from mmr5_runtime.lookahead import Passes
 from mmr5_runtime.options import RerankOptions
 from mmr5_runtime.replies import Replay, Step
 from mmr5_runtime.sampler import Sampler
@@ -107,9 +108,7 @@ class Decoding:
         self._lookahead = drafter is None and (
             cursor.asynchronous if lookahead is None else lookahead
         )
-        self._ahead: Tensor | None = None  # logits [1, V] of the pass launched ahead
-        self._launched: float | None = None  # when the pass whose logits are next was launched
-        self._resumed = 0.0  # when the caller came back for more
+        self._passes = Passes(cursor, timings, deadline)
         self._prompt = cursor.mark
         self._text = b""
         self._forced = 0  # tokens that were nobody's choice, on top of what may be generated
@@ -122,7 +121,7 @@ class Decoding:
             with self._cursor.together():
                 yield from self._run()
         finally:
-            self._take_back()
+            self._passes.take_back()
         if answer.reasoning_end == "open" and machine.state not in ("before", "think"):
             answer.reasoning_end = "closed"
 
@@ -144,7 +143,7 @@ class Decoding:
                 if token in self._language.end_ids:
                     return
                 yield token
-                self._resumed = perf_counter()
+                self._passes.resume()
                 if self._ended():
                     return
                 if closing := self._close_reasoning():
@@ -157,8 +156,8 @@ class Decoding:
                 yield from closing
                 if self._is_over(rows[0]):
                     return
-            elif self._ahead is not None:
-                rows, self._ahead = list(self._ahead), None
+            elif (ahead := self._passes.take()) is not None:
+                rows = list(ahead)
             else:
                 self._settle()
                 proposed = self._draft()
@@ -188,13 +187,7 @@ class Decoding:
         """Choose on the device, launch the pass over the choice, then read what was chosen."""
         answer, options = self.answer, self._options
         choosing = Choosing(row, answer.machine, self._sampler, self._language, options.constrain)
-        launched, self._launched = self._launched, None
-        if self._lookahead and self._probably_goes_on():
-            began = perf_counter()
-            self._ahead = self._cursor.step(choosing.token)
-            self._launched = began
-        step = choosing.read()
-        self._observe(launched)
+        step = self._passes.read(choosing, self._lookahead and self._probably_goes_on())
         if step is None:
             raise self._not_finite()
         return step
@@ -209,21 +202,10 @@ class Decoding:
         return written - self._forced < self._limit
 
     def _not_finite(self) -> EngineError:
-        self._take_back()
+        self._passes.take_back()
         steps = self.answer.steps
         self._cursor.forget(self._cursor.mark.length - self._prompt.length - len(steps))
         return self._cursor.not_finite(steps[-1].token if steps else None)
-
-    def _take_back(self) -> None:
-        """Undo the pass that was launched ahead, if there is one."""
-        if self._ahead is not None:
-            self._ahead = self._launched = None
-            self._cursor.take_back()
-
-    def _observe(self, launched: float | None) -> None:
-        """A pass launched then has ended now: its time, without the caller's, is a step's."""
-        if launched is not None:
-            self._deadline.observe(perf_counter() - max(launched, self._resumed))
 
     def _take(self, step: Step) -> None:
         """Let the machine read a token, and the scores what it chose."""
@@ -266,7 +248,7 @@ class Decoding:
 
     def _settle(self) -> None:
         """Forget what was read beyond the last accepted token, which itself comes next."""
-        self._take_back()
+        self._passes.take_back()
         read = self._cursor.mark.length - self._prompt.length
         self._cursor.forget(read - (len(self.answer.steps) - 1))
 
@@ -278,19 +260,12 @@ class Decoding:
 
     def _next_rows(self, proposed: Sequence[int]) -> list[Tensor]:
         self.answer.drafted += len(proposed)
-        return list(self._step([self.answer.steps[-1].token, *proposed]))
-
-    def _step(self, tokens: Sequence[int], wait: bool = False) -> Tensor:
-        self._launched = perf_counter()
-        with self._timings.span("decode", wait=wait):
-            return self._cursor.step(tokens)
+        return list(self._passes.run([self.answer.steps[-1].token, *proposed]))
 
     def _force(self, tokens: Sequence[int]) -> Tensor:
         """Read ``tokens`` behind the last one, chosen by nobody; logits [V] after them."""
         last = [step.token for step in self.answer.steps[-1:]]
-        row = self._step([*last, *tokens], wait=True)[-1]
-        launched, self._launched = self._launched, None
-        self._observe(launched)  # now: whether there is time left is asked before the next choice
+        row = self._passes.run([*last, *tokens], wait=True)[-1]
         self._forced += len(tokens)
         for token in tokens:
             self._sampler.observe(token)
@@ -335,21 +310,32 @@ class Decoding:
             probe.feed(self._language.vocabulary[token])
         with self._timings.span("probe"):
             row = self._cursor.step(forced)[-1]
-            chances = sorted(self._chances(row, probe).values(), reverse=True)
+            found = self._chances(row, probe, forced[-1])
+            chances = sorted(found.values(), reverse=True)
         self._cursor.rewind(self._prompt)
         return chances[0] - chances[1] >= self._options.think_margin
 
-    def _chances(self, row: Tensor, machine: AnswerMachine) -> dict[int, float]:
-        """Probability of every unused id to come next, for a cursor behind ``machine``'s text."""
+    def _chances(self, row: Tensor, machine: AnswerMachine, last: int) -> dict[int, float]:
+        """Probability of every unused id to come next, for a cursor behind ``machine``'s text.
+
+        ``last`` is the token that was read last, of which the logits ``row`` [V] came.
+        """
         mark = self._cursor.mark
 
         def fork(tokens: Sequence[int]) -> Tensor:
-            logits = self._cursor.step(tokens)[-1]
+            logits = self._finite(self._cursor.step(tokens)[-1], tokens[-1])
             self._cursor.rewind(mark)
             return logits
 
         language = self._language
+        row = self._finite(row, last)
         return first_choice(row, machine, language.mask, language.vocabulary, fork)
+
+    def _finite(self, row: Tensor, last: int) -> Tensor:
+        """``row`` [V], the logits after ``last``; raises where they are no numbers."""
+        if not math.isfinite(row.max()):  # a NaN or an infinity is above any number
+            raise self._cursor.not_finite(last)
+        return row
 
     def _close_reasoning(self) -> list[int]:
         """Tokens that close the reasoning and open the list, where its budget or time is over."""
@@ -373,5 +359,5 @@ class Decoding:
         if machine.state != "list":
             return None
         with self._timings.span("decode"):
-            chances = self._chances(row, machine)
+            chances = self._chances(row, machine, self.answer.steps[-1].token)
         return tuple(sorted(chances, key=lambda number: (-chances[number], number)))

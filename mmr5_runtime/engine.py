@@ -41,6 +41,8 @@ class Engine:
         self._stepper: Stepper | None = None
         if self.compute.fused_steps:
             self._stepper = make_stepper(model, self.compute)
+        # Whether a row of a step has the same bits in any company: of a draft, of other sequences.
+        self.independent_rows = self._stepper is not None and self._stepper.independent
 
     @torch.inference_mode()
     def encode_page(self, pixel_values: Tensor, grid: Grid) -> Tensor:

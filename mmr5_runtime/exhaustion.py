@@ -22,8 +22,8 @@ from mmr5_runtime.types import OutOfMemoryError
 if TYPE_CHECKING:
     from mmr5_runtime.request import Request
 
-# How other allocators say it: the CPU's, page-locked memory, CUDA itself.
-_SIGNS = ("out of memory", "can't allocate memory", "cannot allocate memory")
+# How other allocators say it: the CPU's, page-locked memory, CUDA itself, cuBLAS and cuDNN.
+_SIGNS = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
 
 
 def is_exhaustion(error: BaseException) -> bool:
@@ -104,7 +104,9 @@ def prompt_shortage(
         f"tokens ({need.tokens} in all, with the text and the reply) takes {gib(need.kv)} for keys "
         f"and values and about {gib(need.activations)} for activations"
     )
-    remedies = []
+    remedies: list[str] = []
+    if free is not None and need.total <= free:
+        return _main_memory(asked, device, free)
     if free is None:
         remedies += ["pass fewer pages", "lower max_pixels"]
     else:
@@ -132,15 +134,51 @@ def page_shortage(
     )
     if free is None:
         return f"{asked}; lower max_pixels."
+    if taken <= free:
+        return _main_memory(asked, device, free)
     fitting = min(patches - 1, patches * free // taken) // vision.merge_unit
     remedy = f"max_pixels={fitting * vision.factor**2}" if fitting else "free memory on the device"
     return f"{asked}, and {gib(free)} is free; {remedy}."
 
 
-def weights_shortage(total: int, device: torch.device, free: int | None) -> str:
-    """The same for weights of ``total`` bytes that were to be loaded."""
+def weights_shortage(
+    total: int,
+    device: torch.device,
+    free: int | None,
+    *,
+    prefill: str = "exact",
+    kernels: str = "portable",
+) -> str:
+    """The same for weights of ``total`` bytes that were to be loaded, with these options."""
+    asked = f"{device} ran out of memory: the weights of this engine take {gib(total)}"
+    remedies = []
+    if prefill != "exact":
+        asked += f", with the second copy that prefill={prefill!r} makes"
+        remedies.append("load with prefill='exact'")
+    if kernels == "cuda":
+        remedies.append("load with kernels='triton', which keeps int4 in one layout")
+    if free is not None and total <= free:
+        return _main_memory(asked, device, free)
+    held = "" if free is None else f", and {gib(free)} is free"
+    remedies.append("load an engine of fewer bits (mmr5-export --quant int4)")
+    return f"{asked}{held}; {', or '.join(remedies)}, or free memory that other programs hold."
+
+
+def recording_shortage(device: torch.device, free: int | None) -> str:
+    """The same for decode steps that were to be recorded ahead."""
     held = "" if free is None else f", and {gib(free)} is free"
     return (
-        f"{device} ran out of memory: the weights of this engine take {gib(total)}{held}; load an "
-        "engine of fewer bits (mmr5-export --quant int4), or free memory that other programs hold."
+        f"{device} ran out of memory: recording decode steps takes memory beside the weights"
+        f"{held}; load with a lower concurrency or with graphs=False, or free memory that other "
+        "programs hold."
+    )
+
+
+def _main_memory(asked: str, device: torch.device, free: int) -> str:
+    """Where the device has enough of it, other memory was short."""
+    what = asked.removeprefix(f"{device} ran out of memory: ")
+    return (
+        f"main memory probably ran out: {what}, and {gib(free)} is free on {device}; lower "
+        "embeddings_gib and kv_gib of CacheConfig, which keep pages and prompts in main memory, or "
+        "free some that other programs hold."
     )

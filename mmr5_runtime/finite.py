@@ -1,7 +1,7 @@
 """Where numbers went wrong: the first part of the model whose output is not finite.
 
 Asked only once logits turned out to hold NaN or infinity, so it may take its time: the last token
-is run again in plain torch, looking at every result on the way.
+is run again one part after the other, looking at every result on the way.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def not_finite(model: Model, token_id: int, position: int, arena: KVArena) -> En
     ``token_id`` at ``position`` is the token that was read last, and the last in ``arena``.
     """
     place = first_not_finite(model, token_id, position, arena)
-    where = f"first in {place}" if place else "but not when that token was run again in plain torch"
+    where = f"first in {place}" if place else "but not when that token was run again"
     return EngineError(f"the logits are not finite, {where}; {_REMEDY}.")
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mmr5_kernels.target import Target
 from mmr5_runtime.artifact import TensorReader, read_manifest, verify_hashes
-from mmr5_runtime.capacity import kv_bytes_per_token, weight_bytes
+from mmr5_runtime.capacity import kv_bytes_per_token, loaded_bytes
 from mmr5_runtime.compute import resolve
 from mmr5_runtime.engine import Engine
 from mmr5_runtime.exhaustion import memory_errors, weights_shortage
@@ -168,29 +168,36 @@ def load_engine(
     budget = PixelBudget(stored.min_pixels, stored.max_pixels).replaced(min_pixels, max_pixels)
     tokenizer = PromptTokenizer.from_file(path / "tokenizer.json", template)
     generation_config = _read_optional(path / "generation_config.json")
-    shortage = partial(
-        weights_shortage, weight_bytes(manifest.spec, manifest.formats), compute.device
-    )
+    spec, formats = manifest.spec, manifest.formats
+
+    def shortage(free: int | None) -> str:
+        total = loaded_bytes(spec, formats, compute.dtype, compute.target, compute.prefill)
+        kernels = compute.target.kernels
+        return weights_shortage(
+            total, compute.device, free, prefill=compute.prefill, kernels=kernels
+        )
+
     with TensorReader(path, manifest) as reader, memory_errors(compute.device, shortage):
         model = Model.from_tensors(
-            manifest.spec,
+            spec,
             reader.get,
-            manifest.formats,
+            formats,
             compute.dtype,
             compute.device,
             target=compute.target,
             prefill=compute.prefill,
             kv=compute.kv,
         )
+        engine = Engine(model, compute.device, compute)
     return LoadedEngine(
-        engine=Engine(model, compute.device, compute),
+        engine=engine,
         tokenizer=tokenizer,
         budget=budget,
         image_settings=manifest.image_settings,
         generation_config=generation_config,
-        context=manifest.spec.text.max_position_embeddings,
+        context=spec.text.max_position_embeddings,
         identity=engine_identity(manifest, compute.dtype, compute.device, compute.to_json()),
-        rounds_activations=any(format.activations for format in manifest.formats.values()),
+        rounds_activations=any(format.activations for format in formats.values()),
     )
 
 

@@ -10,7 +10,7 @@ the weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -22,9 +22,10 @@ from mmr5_kernels.target import Target
 from mmr5_runtime.attention import causal_attention
 from mmr5_runtime.capacity import KVFormat
 from mmr5_runtime.compute import Prefill
-from mmr5_runtime.decoder import Decoder
+from mmr5_runtime.decoder import Decoder, here
 from mmr5_runtime.kvcache import KVArena
 from mmr5_runtime.spec import ModelSpec
+from mmr5_runtime.transfer import upload
 from mmr5_runtime.types import RequestError
 from mmr5_runtime.vision import VisionTower
 from mmr5_runtime.weights import Weights
@@ -81,7 +82,7 @@ class Model(nn.Module):
 
     def here(self) -> AbstractContextManager[object]:
         """Makes the model's GPU the current one, on which kernels are launched."""
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        return here(self.device)
 
     def new_arena(self, capacity: int) -> KVArena:
         """An empty KV arena for one sequence of at most ``capacity`` tokens."""
@@ -209,10 +210,9 @@ def decode_step(
         sequences = zip(arenas, *(rows.split(tokens) for rows in (q, k, v)), strict=True)
         return torch.cat([attend_one(arena, layer, *qkv) for arena, *qkv in sequences])
 
-    # Nobody waits: ordinary memory is copied aside before the call returns.
-    ids = token_ids.to(model.device, non_blocking=True)
+    ids = upload(token_ids, model.device)
     embeds = embedding(ids.flatten(), model.decoder.embed_tokens)
-    rotary = positions.to(model.device, non_blocking=True).flatten().expand(3, -1)
+    rotary = upload(positions, model.device).flatten().expand(3, -1)
     logits = model.decoder.logits(model.decoder(embeds, rotary, attend))
     for arena in arenas:
         arena.commit(tokens)

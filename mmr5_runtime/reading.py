@@ -126,7 +126,8 @@ def read_prompt(
     """Read ``prompt`` into an empty cursor; fp32 logits [V] of its last token.
 
     None when the deadline passed between two segments; what was read by then is remembered. Every
-    segment waits for its ``turn()``, so that others can use the model in between.
+    segment waits for its ``turn()``, so that others can use the model in between; time may pass
+    meanwhile, and so it is asked for both before and after the wait.
     """
     chain = (keys.head, *keys.segments)
     nodes = store.prefix(chain)
@@ -149,6 +150,8 @@ def read_prompt(
                 return None
             ids, page = segments[index]
             with turn():
+                if deadline.passed():
+                    return None
                 embeddings = [] if page is None else [page.embeddings()]
                 start, length = perf_counter(), cursor.arena.length
                 with timings.span("prefill"):
@@ -165,8 +168,11 @@ def read_prompt(
         ledger.remember(keys, known)
     if deadline.passed():
         return None
-    with turn(), timings.span("prefill"):
-        logits = cursor.logits(cursor.read(prompt.segments.tail))
+    with turn():
+        if deadline.passed():
+            return None
+        with timings.span("prefill"):
+            logits = cursor.logits(cursor.read(prompt.segments.tail))
     counts.tokens_read += len(prompt.segments.tail)
     return logits
 

@@ -45,7 +45,7 @@ def read_relocated_prompt(
             question,
             recompute,
         )
-    cursor.position = done.position
+    cursor.follow(done.position, prompt.segments.tail[-1])
     counts = request.counts
     counts.page_prefills += len(prompt.pages)
     counts.tokens_read += len(prompt.segments.head) + done.computed

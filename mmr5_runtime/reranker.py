@@ -46,7 +46,8 @@ class Reranker:
 
     def __init__(self, loaded: LoadedEngine, memory: Memory, concurrency: int = 1) -> None:
         """Raises RequestError for a ``concurrency`` that is not 1 to 8."""
-        if not (isinstance(concurrency, int) and 1 <= concurrency <= MAX_DECODE_SEQUENCES):
+        whole = isinstance(concurrency, int) and not isinstance(concurrency, bool)
+        if not (whole and 1 <= concurrency <= MAX_DECODE_SEQUENCES):
             raise RequestError(
                 f"concurrency={concurrency!r} is not a whole number from 1 to "
                 f"{MAX_DECODE_SEQUENCES}; pass 1 to serve one request at a time."

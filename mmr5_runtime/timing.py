@@ -2,10 +2,12 @@
 
 On a GPU the host queues work and goes on, so a span says how long its work took only if it waits
 for that work. Stages that run a few times (vision, prefill, copies of keys and values) wait: a few
-times 10 us. ``decode`` runs twice per token and never waits: its spans end when the token has been
-read, which is later than everything that made it. Their sum is the time from the first choice to
-the last token, without what the caller and the bookkeeping did meanwhile; a forward pass that was
-launched ahead and not needed is in none of them.
+times 10 us. Of ``decode`` there is a span for every token: it ends when the token has been read,
+which is later than everything that made it, and where passes are launched ahead it has the launch
+of the next one within. Otherwise each launch is a span of its own, which does not wait, and so is
+each pass over text that is forced, which does. Their sum is the time from the first choice to the
+last token, without what the caller and the bookkeeping did meanwhile; what a forward pass that was
+launched ahead and not needed takes on the device is in none of them.
 """
 
 from __future__ import annotations

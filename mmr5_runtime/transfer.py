@@ -13,12 +13,16 @@ import torch
 from torch import Tensor
 
 
-def upload(values: Sequence[int], device: torch.device) -> Tensor:
-    """Whole numbers as int64 [n] on ``device``; the copy is queued, nobody waits for it."""
-    if device.type != "cuda":
-        return torch.tensor(values, dtype=torch.long, device=device)
-    # PyTorch keeps page-locked memory from being used again before the copy out of it has run.
-    return torch.tensor(values, dtype=torch.long, pin_memory=True).to(device, non_blocking=True)
+def upload(values: Sequence[int] | Tensor, device: torch.device) -> Tensor:
+    """Whole numbers as int64 on ``device``; the copy is queued, nobody waits for it.
+
+    A tensor keeps its shape, and is given back as it is where it lies on ``device`` already.
+    """
+    there = torch.as_tensor(values, dtype=torch.long)
+    if device.type == "cuda" and there.device.type == "cpu":
+        # PyTorch keeps page-locked memory from being used again before the copy out of it has run.
+        there = there.pin_memory()
+    return there.to(device, non_blocking=True)
 
 
 class Readback:

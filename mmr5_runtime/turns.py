@@ -28,18 +28,19 @@ class Turns:
 
         With all of them, nobody else holds any: later ones wait until the body is over.
         """
-        ticket = object()
-        with self._changed:
-            self._queue.append(ticket)
-            try:
+        ticket, held = object(), 0
+        try:
+            with self._changed:
+                self._queue.append(ticket)
                 self._changed.wait_for(lambda: self._queue[0] is ticket and self._free >= places)
                 self._free -= places
-            finally:  # an interrupted wait must not keep those behind it from their turn
+                held = places
                 self._queue.remove(ticket)
-                self._changed.notify_all()
-        try:
+                self._changed.notify_all()  # the next one may fit in as well
             yield
-        finally:
+        finally:  # wherever it was interrupted: those behind it must get their turn
             with self._changed:
-                self._free += places
+                if ticket in self._queue:
+                    self._queue.remove(ticket)
+                self._free += held
                 self._changed.notify_all()

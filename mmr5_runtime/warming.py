@@ -7,8 +7,11 @@ recorded as graphs. Nothing of it is kept as an answer or a page.
 
 from __future__ import annotations
 
+from functools import partial
+
 from PIL import Image
 
+from mmr5_runtime.exhaustion import memory_errors, recording_shortage
 from mmr5_runtime.loading import LoadedEngine
 from mmr5_runtime.memory import Memory
 from mmr5_runtime.options import RerankOptions
@@ -25,7 +28,8 @@ _TOKENS = 4
 def warm_up(loaded: LoadedEngine, concurrency: int = 1) -> int:
     """Runs everything once; decode steps are recorded for up to ``concurrency`` sequences.
 
-    Returns the number of recorded steps, 0 where they run in plain torch.
+    Returns the number of recorded steps, 0 where they run in plain torch. Raises
+    :class:`OutOfMemoryError` when there is no memory to record them.
     """
     memory = Memory(CacheConfig.off(), loaded, DEFAULT_MAX_IMAGE_PIXELS)
     pages = [Image.new("RGB", _PAGE, color) for color in ("white", "gray")]
@@ -33,4 +37,6 @@ def warm_up(loaded: LoadedEngine, concurrency: int = 1) -> int:
         options = RerankOptions(max_new_tokens=_TOKENS, draft=draft)
         for _ in serve(open_request(loaded, memory, "warm-up", pages, options)):
             pass
-    return loaded.engine.warm_up([size for size in SEQUENCES if size < 2 * concurrency])
+    device = loaded.engine.device
+    with memory_errors(device, partial(recording_shortage, device)):
+        return loaded.engine.warm_up([size for size in SEQUENCES if size < 2 * concurrency])

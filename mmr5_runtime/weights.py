@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 
 from mmr5_kernels import dispatch
 from mmr5_kernels.eight_bit import eight_bit_copy
+from mmr5_kernels.footprint import scratch_bytes
 from mmr5_kernels.layout import Format
 from mmr5_kernels.prefill import Scratch
 from mmr5_kernels.target import Target
@@ -101,6 +102,11 @@ class Weights:
                 many = self._prepared(parts, copy)
         except ValueError as error:
             raise EngineError(f"{name} cannot be run: {error}") from error
+        if name.startswith(_LAYERS) and many is None:
+            # What every prompt will need is taken now, where a message can say what it is for.
+            expanded = scratch_bytes(format, self.target, self.dtype, prepared.n, prepared.k)
+            if expanded:
+                self._scratch.reserve(prepared.n, prepared.k, prepared.device)
         return Linear(prepared, many=many, scratch=self._scratch)
 
     def _prepared(self, stored: Mapping[str, Tensor], format: Format | None) -> dispatch.Prepared:

@@ -18,6 +18,7 @@ from mmr5_runtime.cursor import Cursor
 from mmr5_runtime.decoding import EMPTY_REASONING, Answer, Decoding
 from mmr5_runtime.drafting import Drafter
 from mmr5_runtime.language import Language
+from mmr5_runtime.loading import LoadedEngine
 from mmr5_runtime.model import MAX_DECODE_TOKENS
 from mmr5_runtime.options import RerankOptions
 from mmr5_runtime.reading import read_prompt
@@ -122,10 +123,14 @@ class WindowRun:
             drafter,
             self._replies.recall() if self._replies else None,
         )
+        if request.seat is not None:
+            request.seat.shared = False
         began, steps = perf_counter(), self._cursor.steps
         text = yield from self._stream(decoding)
         answer = decoding.answer
-        if self._replies:
+        # Bits that depend on who happened to be there are nothing to build an exact answer on.
+        company = self._had_company()
+        if self._replies and not company:
             cost_ms = 1e3 * (perf_counter() - began)
             self._replies.remember(answer.steps, self._cursor, self._start, cost_ms)
         request.counts.replayed_tokens += answer.replayed
@@ -133,12 +138,18 @@ class WindowRun:
             request.memory.history.add(answer.tokens)
         with request.timings.span("parse"):
             outcome = _outcome(answer, text, self._count, self._options)
-            if self._options.draft and request.loaded.rounds_activations:
-                outcome.exactness.append("approximate")
+            if company or self._options.draft:
+                outcome.exactness.append(_with_other_rows(request.loaded))
         outcome.tokens_saved = _saved(answer, outcome.order, language)
         outcome.interventions = sampler.interventions
         outcome.decode_steps = self._cursor.steps - steps
         return outcome
+
+    def _had_company(self) -> bool:
+        """Whether steps of the last answer were run with those of others, and it shows."""
+        seat = self._request.seat
+        independent = self._request.loaded.engine.independent_rows
+        return seat is not None and seat.shared and not independent
 
     def _stream(self, decoding: Decoding) -> Generator[ReasoningDelta, None, str]:
         """Yield the reasoning while it is decoded; returns the whole text."""
@@ -217,6 +228,16 @@ def _logprobs(answer: Answer) -> tuple[float, ...]:
     return logprobs if drawn else ()
 
 
+def _with_other_rows(loaded: LoadedEngine) -> Exactness:
+    """What steps are worth that ran together with other rows, of a draft or of other requests.
+
+    Sums may differ in their last bits, and where numbers are rounded to 8 bits behind them, a last
+    bit can move a whole step: of activations, or of the keys and values that later tokens read.
+    """
+    rounds_kv = loaded.engine.model.kv == "int8" and not loaded.engine.independent_rows
+    return "approximate" if loaded.rounds_activations or rounds_kv else "token_identical"
+
+
 def _exactness(answer: Answer, options: RerankOptions) -> list[Exactness]:
     """Guarantees of everything that took effect in this answer."""
     levels: list[Exactness] = []
@@ -224,8 +245,6 @@ def _exactness(answer: Answer, options: RerankOptions) -> list[Exactness]:
         levels.append("permutation_identical")
     if answer.stop_reason == "top_k":
         levels.append("topk_identical")
-    if options.draft:
-        levels.append("token_identical")
     forced = answer.reasoning_end in ("skipped", "budget", "deadline")
     if forced or answer.stop_reason == "deadline" or options.image_kv == "relocate":
         levels.append("approximate")

@@ -62,7 +62,8 @@ def quantize_kv(x: Tensor) -> tuple[Tensor, Tensor]:
     x is about codes * scale. Zeros have scale 1. What is not finite stays so: the scale carries it.
     """
     wide = x.float()
-    scale = wide.abs().amax(dim=-1) / INT8_MAX
+    top = wide.abs().amax(dim=-1)
+    scale = top / torch.full_like(top, INT8_MAX)  # by a tensor, as in `reference`
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     codes = (wide / scale.unsqueeze(-1)).round_().nan_to_num_(nan=0.0)
     return codes.clamp_(-INT8_MAX, INT8_MAX).to(torch.int8), scale

@@ -15,13 +15,14 @@ Tolerances against :mod:`reference`, as tested at M on both sides of every switc
 * ``int4_skinny``, ``int8_row_skinny``: the same 4e-3, and against fp64 at least as near as the
   reference: codes are multiplied exactly and only sums are rounded, zero points included.
 * ``int4_w4_cuda``: 5e-3, and 1.2e-2 where SwiGLU counts the reference's rounding of weights twice.
-* ``int8_skinny``: equal bit for bit. ``fp8_skinny``, ``dense_skinny``: the same products in another
-  order, then one rounding to bf16 (2e-3 by root mean square at most).
+* ``int8_skinny``: equal bit for bit; behind a norm or SwiGLU, which a GPU may round otherwise, a
+  code may be one off. ``fp8_skinny``, ``dense_skinny``: the same products in another order, then
+  one rounding to bf16 (2e-3 by root mean square at most).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -131,7 +132,15 @@ class Prepared:
     @property
     def num_bytes(self) -> int:
         """Memory the weight and bias take."""
-        tensors = [tensor for parts in self.operands.values() for tensor in parts.values()]
+        return self._bytes_of(self.operands)
+
+    @property
+    def step_bytes(self) -> int:
+        """Of these, what is read to multiply one row: one layout, and the bias."""
+        return self._bytes_of([KERNELS[_chosen(self, 1)].layout])
+
+    def _bytes_of(self, layouts: Iterable[str]) -> int:
+        tensors = [tensor for name in layouts for tensor in self.operands[name].values()]
         tensors += [] if self.bias is None else [self.bias]
         return sum(tensor.nbytes for tensor in tensors)
 
@@ -153,7 +162,7 @@ def prepare(
     device = torch.device(device)
     target = target or Target.of(device)
     n, k = _shape(format, tensors)
-    needed = {KERNELS[row.kernel].layout for row in _until_any_m(format, target, dtype, n, k)}
+    needed = layouts(format, target, dtype, n, k)
     bias = tensors.get("bias")
     return Prepared(
         format=format,
@@ -162,9 +171,20 @@ def prepare(
         target=target,
         n=n,
         k=k,
-        operands={name: _LAYOUTS[name](format, tensors, dtype, device) for name in sorted(needed)},
+        operands={name: _LAYOUTS[name](format, tensors, dtype, device) for name in needed},
         bias=None if bias is None else bias.to(device, dtype),
     )
+
+
+def layouts(
+    format: Format | None, target: Target, dtype: torch.dtype, n: int, k: int
+) -> tuple[str, ...]:
+    """The layouts in which :func:`prepare` keeps a weight [n, k]: those that some M is served by.
+
+    Raises ``ValueError`` when the table has no row for it.
+    """
+    rows = _until_any_m(format, target, dtype, n, k)
+    return tuple(sorted({KERNELS[row.kernel].layout for row in rows}))
 
 
 def run(prepared: Prepared, x: Tensor) -> Tensor:

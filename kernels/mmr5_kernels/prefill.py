@@ -13,7 +13,8 @@ A kernel takes x [M, K] bf16 with contiguous rows, a format, operands in the lay
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -35,22 +36,42 @@ _TOTALS = 1 << 26  # int32 sums at a time where a second kernel reads them: 256 
 class Scratch:
     """Memory for one expanded weight at a time, owned by whoever owns the linears.
 
-    Every thread has its own for each CUDA stream, as large as the largest weight it expanded: the
-    work of one thread on one stream is done in order, that of two threads is not. What belongs to
-    a thread is freed with it.
+    There is one block for each CUDA stream, as large as the largest weight expanded on it and kept
+    with this object. What is launched on one stream runs in order, so that a weight is read before
+    the next one overwrites it, provided that no thread launches between the two launches of
+    another: a lock is held over both.
     """
 
     def __init__(self) -> None:
-        self._local = threading.local()
+        self._lock = threading.Lock()
+        self._blocks: dict[tuple[int, int], Tensor] = {}  # by device and stream
 
-    def weight(self, n: int, k: int, device: torch.device) -> Tensor:
-        """Uninitialised [n, k] bf16, in the memory that this thread was given here before."""
-        buffers: dict[tuple[torch.device, int], Tensor] = self._local.__dict__.setdefault("of", {})
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        if len(buffers.get((device, stream), ())) < n * k:
-            buffers.pop((device, stream), None)  # both need not fit
-            buffers[device, stream] = torch.empty(n * k, dtype=torch.bfloat16, device=device)
-        return buffers[device, stream][: n * k].view(n, k)
+    @contextmanager
+    def weight(self, n: int, k: int, device: torch.device) -> Iterator[Tensor]:
+        """Uninitialised [n, k] bf16, good for what the body launches on the current stream."""
+        place = 0, 0
+        if device.type == "cuda":
+            current = torch.cuda.current_stream(device)
+            place = current.device_index, current.cuda_stream
+        with self._lock:
+            yield self._block(n * k, device, place).view(n, k)
+
+    def reserve(self, n: int, k: int, device: torch.device) -> None:
+        """Takes the memory for an [n, k] weight now, for the current stream."""
+        with self.weight(n, k, device):
+            pass
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that is held, for all streams."""
+        with self._lock:
+            return sum(block.nbytes for block in self._blocks.values())
+
+    def _block(self, count: int, device: torch.device, place: tuple[int, int]) -> Tensor:
+        if len(self._blocks.get(place, ())) < count:
+            self._blocks.pop(place, None)  # both need not fit
+            self._blocks[place] = torch.empty(count, dtype=torch.bfloat16, device=device)
+        return self._blocks[place][:count]
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,9 +124,9 @@ def int4_expand(
     assert format is not None and format.group_size is not None
     scale = parts["scale"]
     n, k = scale.shape[1], scale.shape[0] * format.group_size
-    weight = (around.scratch or Scratch()).weight(n, k, x.device)
-    expand_int4(parts["weight"], scale, parts.get("zero"), format.group_size, weight)
-    return dense(x, None, {"weight": weight}, bias, around)
+    with (around.scratch or Scratch()).weight(n, k, x.device) as weight:
+        expand_int4(parts["weight"], scale, parts.get("zero"), format.group_size, weight)
+        return dense(x, None, {"weight": weight}, bias, around)
 
 
 def int8_expand(
@@ -115,9 +136,9 @@ def int8_expand(
     from mmr5_kernels.ops.expand import expand_int8
 
     n, k = parts["weight"].shape
-    weight = (around.scratch or Scratch()).weight(n, k, x.device)
-    expand_int8(parts["weight"], parts["weight_scale"], weight)
-    return dense(x, None, {"weight": weight}, bias, around)
+    with (around.scratch or Scratch()).weight(n, k, x.device) as weight:
+        expand_int8(parts["weight"], parts["weight_scale"], weight)
+        return dense(x, None, {"weight": weight}, bias, around)
 
 
 def int8_gemm(

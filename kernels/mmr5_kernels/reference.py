@@ -75,8 +75,10 @@ def quantize_activations_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _token_scale(x: Tensor, largest: float) -> Tensor:
-    # A row with a NaN keeps a scale of NaN, so that its outputs show it; codes could not.
-    scale = x.abs().amax(dim=-1, keepdim=True) / largest
+    # A row with a NaN keeps a scale of NaN, so that its outputs show it; codes could not. Divided
+    # by a tensor: by a number, torch multiplies with the reciprocal on CUDA, another last bit.
+    top = x.abs().amax(dim=-1, keepdim=True)
+    scale = top / torch.full_like(top, largest)
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 

@@ -7,6 +7,7 @@ kernels read addresses and lengths on the device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ K_ADDRESS, V_ADDRESS, CAPACITY, LENGTH, K_SCALES, V_SCALES = range(6)
 COLUMNS = 6
 INACTIVE = -1
 """LENGTH of a slot without a sequence: the kernels write nothing for it and give zeros."""
+_EMPTY = (0, 0, 0, INACTIVE, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -49,26 +51,26 @@ class Sequence:
                 )
 
 
-def sequence_table(rows: list[Sequence | None]) -> Tensor:
+def sequence_rows(rows: SequenceOf[Sequence | None]) -> list[tuple[int, ...]]:
+    """The numbers of :func:`sequence_table`, row by row; raises like it."""
+    if not rows:
+        raise ValueError("a sequence table needs at least one slot.")
+    coded = {row.k_scales != 0 for row in rows if row is not None}
+    if len(coded) > 1:
+        raise ValueError("one step cannot mix arenas of 8-bit codes with arenas of plain values.")
+    return [
+        _EMPTY
+        if row is None
+        else (row.k, row.v, row.capacity, row.length, row.k_scales, row.v_scales)
+        for row in rows
+    ]
+
+
+def sequence_table(rows: SequenceOf[Sequence | None]) -> Tensor:
     """int64 [B, 6] on the CPU, one row per slot; None is a slot without a sequence.
 
     The columns are :data:`K_ADDRESS`, :data:`V_ADDRESS`, :data:`CAPACITY`, :data:`LENGTH` (tokens
     before this step, :data:`INACTIVE` for None), :data:`K_SCALES` and :data:`V_SCALES`. All slots
     of one table hold codes, or none does: a launch is compiled for one of the two.
     """
-    if not rows:
-        raise ValueError("a sequence table needs at least one slot.")
-    coded = {row.k_scales != 0 for row in rows if row is not None}
-    if len(coded) > 1:
-        raise ValueError("one step cannot mix arenas of 8-bit codes with arenas of plain values.")
-    table = torch.zeros(len(rows), COLUMNS, dtype=torch.int64)
-    table[:, LENGTH] = INACTIVE
-    for slot, row in enumerate(rows):
-        if row is not None:
-            table[slot, K_ADDRESS] = row.k
-            table[slot, V_ADDRESS] = row.v
-            table[slot, CAPACITY] = row.capacity
-            table[slot, LENGTH] = row.length
-            table[slot, K_SCALES] = row.k_scales
-            table[slot, V_SCALES] = row.v_scales
-    return table
+    return torch.tensor(sequence_rows(rows), dtype=torch.int64)

@@ -19,8 +19,8 @@ from mmr5_kernels import proven
 KERNELS = ("auto", "portable", "triton", "cuda")
 CUDA_KERNELS = frozenset({"int4_w4_cuda"})  # the others of the table that are ours are Triton's
 MIN_CAPABILITY = (8, 0)  # bf16 in tensor cores
-MIN_TRITON = (3, 3)  # the first with dots of 8 columns, which the decode linears use
-MIN_DRIVER = 12_000  # Triton 3.3 to 3.6 assemble with ptxas of CUDA 12
+MIN_TRITON = (3, 6)  # the oldest that the kernels were compiled with
+MIN_DRIVER = 12_000  # Triton 3.6 assembles with ptxas of CUDA 12
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,16 @@ def _obstacle(capability: tuple[int, int]) -> str | None:
     return None
 
 
-def _triton_version() -> tuple[int, int] | None:
+def triton_version() -> str | None:
+    """The version of Triton that is installed, as "3.6.0"; None without. Does not import it."""
     try:
-        found = re.match(r"(\d+)\.(\d+)", metadata.version("triton"))
+        return metadata.version("triton")
     except metadata.PackageNotFoundError:
         return None
+
+
+def _triton_version() -> tuple[int, int] | None:
+    found = re.match(r"(\d+)\.(\d+)", triton_version() or "")
     return (int(found[1]), int(found[2])) if found else None
 
 

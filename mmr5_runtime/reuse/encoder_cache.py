@@ -17,13 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmr5_runtime.exhaustion import is_exhaustion
 from mmr5_runtime.reuse.config import CacheConfig, host_bytes
 from mmr5_runtime.reuse.disk import PageFolder
+from mmr5_runtime.reuse.host_memory import host_block
 from mmr5_runtime.reuse.identity import digest
 from mmr5_runtime.reuse.page_source import Size
 from mmr5_runtime.reuse.tiers import Tier
 from mmr5_runtime.rope import Grid
-from mmr5_runtime.types import RequestError
+from mmr5_runtime.types import OutOfMemoryError, RequestError
 
 
 def page_key(
@@ -67,7 +69,8 @@ class EncoderCacheStats:
     """Counters since the start; ``pinned`` is the number of pages pinned now.
 
     ``rejected`` counts pages that were there under the right key and not served: another grid or
-    length, or a file that was altered. ``write_failures`` counts pages the disk did not take.
+    length, or a file that was altered. ``write_failures`` counts pages the disk did not take,
+    ``refused`` those that main or GPU memory did not although a tier had room by its limit.
     """
 
     gpu: TierStats
@@ -77,6 +80,7 @@ class EncoderCacheStats:
     rejected: int
     write_failures: int
     pinned: int
+    refused: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +104,7 @@ class EncoderCache:
 
     def __init__(self, config: CacheConfig, device: torch.device, engine: bytes) -> None:
         self._device = device
-        self._locked_memory = device.type == "cuda"
-        self._gpu = Tier[_Entry](config.gpu_bytes if self._locked_memory else 0)
+        self._gpu = Tier[_Entry](config.gpu_bytes if device.type == "cuda" else 0)
         self._host = Tier[_Entry](config.embedding_bytes)
         self._disk = None
         if config.disk is not None:
@@ -109,7 +112,7 @@ class EncoderCache:
         self._disk_limit = config.disk_bytes if self._disk is not None else 0
         self._lock = threading.Lock()
         self._pins = Counter[bytes]()
-        self._misses = self._rejected = 0
+        self._misses = self._rejected = self._refused = 0
 
     def get(self, key: bytes, grid: Grid, tokens: int) -> Tensor | None:
         """The embeddings of ``key`` on the device, with the bits that were put; not to be changed.
@@ -141,6 +144,7 @@ class EncoderCache:
         Raises:
             RequestError: the page is pinned, and main memory cannot hold it beside the other pinned
                 pages; the message names the limit and the remedy.
+            OutOfMemoryError: the page is pinned, and the machine has no memory for it.
         """
         self._keep(key, embeddings, grid)
         if self._disk is not None:
@@ -194,6 +198,7 @@ class EncoderCache:
                 rejected=self._rejected + rejected,
                 write_failures=failures,
                 pinned=len(self._pins),
+                refused=self._refused,
             )
 
     def _in_memory(self, key: bytes, grid: Grid, tokens: int) -> Tensor | None:
@@ -219,10 +224,16 @@ class EncoderCache:
         size = host_bytes(embeddings.nbytes, self._device)
         with self._lock:
             if self._host.fits(key, size, self._pins):
-                copy = torch.empty(
-                    embeddings.shape, dtype=embeddings.dtype, pin_memory=self._locked_memory
-                ).copy_(embeddings)
-                self._host.put(key, _Entry(copy, grid), size, self._pins)
+                copy = host_block(embeddings.shape, embeddings.dtype, self._device)
+                if copy is not None:
+                    self._host.put(key, _Entry(copy.copy_(embeddings), grid), size, self._pins)
+                elif key in self._pins:
+                    raise OutOfMemoryError(
+                        f"main memory has no {size / (1 << 20):.1f} MiB left for one more pinned "
+                        "page; lower kv_gib, lower max_pixels, or pin fewer pages."
+                    )
+                else:
+                    self._refused += 1
             elif key in self._pins:
                 raise RequestError(self._too_little(key, size))
             on_device = embeddings.to(self._device)
@@ -231,8 +242,15 @@ class EncoderCache:
 
     def _keep_on_gpu(self, key: bytes, embeddings: Tensor, grid: Grid) -> None:
         if self._gpu.fits(key, embeddings.nbytes):
-            # A copy: a part of a larger tensor would keep all of that alive.
-            self._gpu.put(key, _Entry(embeddings.clone(), grid), embeddings.nbytes)
+            try:
+                # A copy: a part of a larger tensor would keep all of that alive.
+                copy = embeddings.clone()
+            except RuntimeError as error:
+                if not is_exhaustion(error):
+                    raise
+                self._refused += 1
+                return
+            self._gpu.put(key, _Entry(copy, grid), embeddings.nbytes)
 
     def _too_little(self, key: bytes, size: int) -> str:
         pinned = sum(other in self._pins for other in self._host if other != key)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mmr5_runtime.reuse.config import host_bytes
+from mmr5_runtime.reuse.host_memory import host_block
 from mmr5_runtime.reuse.tiers import Tier
 from mmr5_runtime.rope import Grid
 
@@ -77,15 +78,21 @@ class RelocatableStore:
             return page
 
     def put(self, key: bytes, page: RelocatablePage) -> bool:
-        """Keeps a copy of ``page``, evicting others; False when it alone exceeds the limit."""
+        """Keeps a copy of ``page``, evicting others.
+
+        False when it alone exceeds the limit, or the machine has no memory for it.
+        """
         size = host_bytes(page.k.nbytes, self._device) + host_bytes(page.v.nbytes, self._device)
         if size > self._pages.limit_bytes:
             with self._lock:
                 self._refused += 1
             return False
-        kept = RelocatablePage(self._copied(page.k), self._copied(page.v), page.grid)
+        k, v = self._copied(page.k), self._copied(page.v)
         with self._lock:
-            self._pages.put(key, kept, size)
+            if k is None or v is None:
+                self._refused += 1
+                return False
+            self._pages.put(key, RelocatablePage(k, v, page.grid), size)
         return True
 
     def clear(self) -> None:
@@ -105,7 +112,7 @@ class RelocatableStore:
                 refused=self._refused,
             )
 
-    def _copied(self, part: Tensor) -> Tensor:
-        """``part`` in contiguous host memory that nobody else writes to."""
-        host = torch.empty(part.shape, dtype=part.dtype, pin_memory=self._device.type == "cuda")
-        return host.copy_(part)
+    def _copied(self, part: Tensor) -> Tensor | None:
+        """``part`` in contiguous host memory that nobody else writes to; None without any."""
+        host = host_block(part.shape, part.dtype, self._device)
+        return None if host is None else host.copy_(part)

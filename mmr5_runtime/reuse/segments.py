@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from mmr5_runtime.reuse.config import host_bytes
+from mmr5_runtime.reuse.host_memory import host_block
 from mmr5_runtime.types import RequestError
 
 
@@ -130,7 +131,8 @@ class SegmentStore:
         k, v [L, K, n, D] on any device, views of an arena included: they are copied, and the copy
         has finished when this returns. ``cost_ms`` is what computing the segment took. A key that
         is remembered already keeps its node. False means that it did not fit: its parent is not
-        there, or it is too large beside the nodes before it in its own chain.
+        there, it is too large beside the nodes before it in its own chain, or the machine has no
+        memory for it.
 
         Raises RequestError for keys and values of other shapes than these, or a bad cost.
         """
@@ -147,9 +149,10 @@ class SegmentStore:
                 return False
             # One block for both: it is rounded up once.
             shape = (2, *k.shape)
-            both = torch.empty(
-                shape, dtype=k.dtype, device="cpu", pin_memory=self._device.type == "cuda"
-            )
+            both = host_block(shape, k.dtype, self._device)
+            if both is None:
+                self._refused += 1
+                return False
             both[0].copy_(k)
             both[1].copy_(v)
             node = Node(key, parent, both[0], both[1], note)

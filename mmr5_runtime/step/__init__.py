@@ -16,5 +16,6 @@ Data flow of a step, all of it behind :meth:`mmr5_runtime.engine.Engine.step`::
 Where a sequence lies and how long it is are read on the device, from the table; the host decides
 nothing but the bucket. A row's numbers do not depend on the bucket: the kernels compute every row
 alike however many there are, and cut keys into chunks of a fixed size. So steps of one token and of
-eight, alone and in company, give the same bits.
+eight, alone and in company, give the same bits. A linear stored in a format that has no such kernel
+(int8 in groups, scales in fp16 or fp32) runs in torch instead, which promises none of this.
 """

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from mmr5_kernels.dispatch import Prepared, run_fused
+from mmr5_kernels.dispatch import KERNELS, Prepared, choose, run_fused
 from mmr5_kernels.fused import Norm
 from mmr5_kernels.sequences import COLUMNS
+from mmr5_kernels.table import DECODE_ROWS
 from mmr5_runtime.capacity import KVFormat
 from mmr5_runtime.decoder import Decoder, DecoderLayer
 from mmr5_runtime.types import EngineError
@@ -42,12 +43,17 @@ class Layer(NamedTuple):
             layer.mlp.down.prepared,
         )
 
+    @property
+    def linears(self) -> tuple[Prepared, ...]:
+        return self.qkv, self.o, self.gate_up, self.down
+
 
 class FusedDecoder:
     """Called once per decode step; holds no state but weights and rotary tables.
 
     ``positions`` is how many rotary positions it knows, ``chunk`` the keys that attention takes at
-    once: the unit of spans.
+    once: the unit of spans. ``independent`` says whether the bits of a row are the same in any
+    company: they are where decode kernels serve every linear.
     """
 
     def __init__(self, decoder: Decoder, kv: KVFormat = "bf16") -> None:
@@ -73,6 +79,8 @@ class FusedDecoder:
         self._layers = [Layer.of(cast(DecoderLayer, layer)) for layer in decoder.layers]
         self._norm = decoder.norm.norm
         self._head: Prepared = decoder.lm_head.prepared
+        linears = [linear for layer in self._layers for linear in layer.linears]
+        self.independent = all(map(_independent, [*linears, self._head]))
         self.chunk = CHUNK
         self.positions = spec.max_position_embeddings
         self.vocab_size = spec.vocab_size
@@ -124,3 +132,10 @@ class FusedDecoder:
             hidden = run_fused(layer.gate_up, x, norm=layer.post_norm, swiglu=True)
             x = run_fused(layer.down, hidden, residual=x)
         return run_fused(self._head, x, norm=self._norm)
+
+
+def _independent(linear: Prepared) -> bool:
+    """Whether one decode kernel computes it for every number of rows that a step has."""
+    args = linear.format, linear.target, linear.dtype
+    few, many = (choose(*args, rows, linear.n, linear.k) for rows in (1, DECODE_ROWS))
+    return few == many and KERNELS[few].fused is not None

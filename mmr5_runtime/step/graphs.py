@@ -41,6 +41,8 @@ class GraphRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        # One for all recordings: libraries keep a workspace for every stream they ever saw.
+        self._side = torch.cuda.Stream(device)
 
     def record(self, run: Run) -> Run:
         """Runs once, so that kernels are compiled and libraries set up, then records a second run.
@@ -49,7 +51,7 @@ class GraphRecorder:
         recording has none until it is replayed. Other threads may use the GPU meanwhile.
         """
         current = torch.cuda.current_stream(self._device)
-        side = torch.cuda.Stream(self._device)
+        side = self._side
         side.wait_stream(current)
         with torch.cuda.stream(side):
             run()
@@ -80,19 +82,12 @@ class Recordings:
     def __len__(self) -> int:
         return len(self._recorded)
 
-    def __contains__(self, bucket: Bucket) -> bool:
-        return bucket in self._recorded
-
     def get(self, bucket: Bucket) -> Recording:
         """The recording for ``bucket``; nothing is kept of one that failed."""
         if bucket not in self._recorded:
             run = self._recorder.record(self._make(bucket))
             self._recorded[bucket] = Recording(bucket, run)
         return self._recorded[bucket]
-
-    def clear(self) -> None:
-        """Forgets all recordings, and frees their memory."""
-        self._recorded.clear()
 
 
 class Recording:

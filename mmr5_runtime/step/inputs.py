@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmr5_kernels.sequences import COLUMNS, sequence_table
+from mmr5_kernels.sequences import COLUMNS, sequence_rows, sequence_table
 from mmr5_runtime.kvcache import KVArena
 from mmr5_runtime.step.buckets import MAX_ROWS, SEQUENCES, Bucket
 
@@ -50,19 +50,19 @@ class InputBuffer:
         stands for "no token" must not end the process before the host has seen it. Slots that the
         bucket adds hold no sequence, tokens that it adds are id 0 at position 0.
         """
+        # Built as plain numbers and made a tensor at once: this runs for every token, and an
+        # operation on a small tensor costs more than the numbers in it.
         batch, tokens = token_ids.shape
-        pinned = self._device.type == "cuda"
-        host = torch.zeros(bucket.input_size, dtype=torch.int64, pin_memory=pinned)
-        ids, places, table = _split(host, bucket)
+        numbers = _padded(token_ids, bucket) + _padded(positions, bucket)
         slots = [arena.sequence for arena in arenas]
-        table.copy_(sequence_table([*slots, *[None] * (bucket.sequences - batch)]))
-        shape = (bucket.sequences, bucket.tokens)
-        if token_ids.device.type == "cpu":
-            ids.view(shape)[:batch, :tokens] = token_ids
-        if positions.device.type == "cpu":
-            places.view(shape)[:batch, :tokens] = positions
+        for row in sequence_rows([*slots, *[None] * (bucket.sequences - batch)]):
+            numbers += row
+        pinned = self._device.type == "cuda"
+        host = torch.tensor(numbers, dtype=torch.int64, pin_memory=pinned)
         self._buffer[: bucket.input_size].copy_(host, non_blocking=True)
-        there = self.views(bucket)
+        if token_ids.device.type == "cpu" and positions.device.type == "cpu":
+            return
+        there, shape = self.views(bucket), (bucket.sequences, bucket.tokens)
         if token_ids.device.type != "cpu":
             chosen = there.ids.view(shape)[:batch, :tokens]
             chosen.copy_(token_ids.clamp(0, self._last_id))
@@ -75,6 +75,15 @@ class InputBuffer:
         ids.zero_()
         positions.zero_()
         table.copy_(sequence_table([None] * bucket.sequences))
+
+
+def _padded(values: Tensor, bucket: Bucket) -> list[int]:
+    """values [B, T] of a step as the bucket has them, zeros added; zeros alone for a device's."""
+    if values.device.type != "cpu":
+        return [0] * bucket.rows
+    missing = [0] * (bucket.tokens - values.shape[1])
+    numbers = [number for row in values.tolist() for number in row + missing]
+    return numbers + [0] * (bucket.rows - len(numbers))
 
 
 def _split(buffer: Tensor, bucket: Bucket) -> StepInputs:

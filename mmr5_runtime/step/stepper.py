@@ -29,10 +29,12 @@ class Stepper:
 
     def __init__(self, decoder: FusedDecoder, graphs: bool) -> None:
         self._decoder = decoder
-        self.chunk = decoder.chunk
+        self.chunk, self.independent = decoder.chunk, decoder.independent
         self._inputs = InputBuffer(decoder.device, decoder.vocab_size)
         recorder = GraphRecorder(decoder.device) if graphs else EagerRecorder()
-        self.recordings = Recordings(recorder, self._run)
+        # Not a method of this object: recordings that kept it would keep the weights of a model
+        # that was closed, until the collector of cycles comes by.
+        self.recordings = Recordings(recorder, partial(_over_inputs, decoder, self._inputs))
 
     def step(self, token_ids: Tensor, positions: Tensor, arenas: Sequence[KVArena]) -> Tensor:
         """Adds T tokens to each of B: ids, positions [B, T] int64 -> logits [B, T, V] fp32.
@@ -57,10 +59,6 @@ class Stepper:
             self._inputs.clear(bucket)
             self.recordings.get(bucket).replay(bucket)
 
-    def _run(self, bucket: Bucket) -> Run:
-        views = self._inputs.views(bucket)
-        return partial(self._decoder, *views, tokens=bucket.tokens, max_length=bucket.span)
-
     @staticmethod
     def _check(values: Tensor, end: int, name: str) -> None:
         if values.device.type != "cpu":
@@ -71,3 +69,9 @@ class Stepper:
                 f"a decode step was given {name} {int(low if low < 0 else high)}, but this model "
                 f"has 0 to {end - 1}; use the tokenizer and the context of this engine."
             )
+
+
+def _over_inputs(decoder: FusedDecoder, inputs: InputBuffer, bucket: Bucket) -> Run:
+    """The step of a bucket, over what the input buffer holds when it runs."""
+    views = inputs.views(bucket)
+    return partial(decoder, *views, tokens=bucket.tokens, max_length=bucket.span)

@@ -109,28 +109,37 @@ def first_choice(
     if machine.state != "list" or place.digits or not place.free:
         raise ValueError("the machine does not stand before an id of a list; feed it up to there")
 
-    def share_out(
-        mass: float, row: Tensor, machine: AnswerMachine, written: tuple[int, ...]
-    ) -> Iterator[tuple[int, float]]:
-        """Divide ``mass``, the probability of the tokens ``written``, among the ids they begin."""
-        place, (ids, ways) = machine.grammar_key, mask.forks(machine)
-        ids_of = dict(zip(ways, ids.split(list(ways.values())), strict=True))
-        for way, logprob in _shares(row[ids].tolist(), ways).items():
-            share = mass * math.exp(logprob)
-            if way == ENDS:
-                yield int(place.digits), share
-                continue
-            begun = [number for number in place.free if number.startswith(place.digits + way)]
-            if len(begun) == 1:
-                yield int(begun[0]), share
-                continue
-            likeliest = int(ids_of[way][row[ids_of[way]].argmax()])
-            deeper = machine.copy()
-            deeper.feed(vocabulary[likeliest])
-            tokens = (*written, likeliest)
-            yield from share_out(share, fork(tokens), deeper, tokens)
+    return dict(sorted(_share_out(1.0, logits, machine, (), mask, vocabulary, fork)))
 
-    return dict(sorted(share_out(1.0, logits, machine, ())))
+
+# No closure: one that names itself is a cycle, and would keep what ``fork`` holds (a whole arena)
+# until the collector of cycles comes by.
+def _share_out(
+    mass: float,
+    row: Tensor,
+    machine: AnswerMachine,
+    written: tuple[int, ...],
+    mask: PermutationMask,
+    vocabulary: Sequence[bytes],
+    fork: Callable[[Sequence[int]], Tensor],
+) -> Iterator[tuple[int, float]]:
+    """Divide ``mass``, the probability of the tokens ``written``, among the ids they begin."""
+    place, (ids, ways) = machine.grammar_key, mask.forks(machine)
+    ids_of = dict(zip(ways, ids.split(list(ways.values())), strict=True))
+    for way, logprob in _shares(row[ids].tolist(), ways).items():
+        share = mass * math.exp(logprob)
+        if way == ENDS:
+            yield int(place.digits), share
+            continue
+        begun = [number for number in place.free if number.startswith(place.digits + way)]
+        if len(begun) == 1:
+            yield int(begun[0]), share
+            continue
+        likeliest = int(ids_of[way][row[ids_of[way]].argmax()])
+        deeper = machine.copy()
+        deeper.feed(vocabulary[likeliest])
+        tokens = (*written, likeliest)
+        yield from _share_out(share, fork(tokens), deeper, tokens, mask, vocabulary, fork)
 
 
 def _shares(logits: Sequence[float], ways: Mapping[bytes, int]) -> dict[bytes, float]:

@@ -20,7 +20,7 @@ from helpers.scripted import Script, opinionated
 from mmr5_runtime import Page, ReasoningDelta, Reranker, RerankResult
 from mmr5_runtime.cursor import Cursor
 from mmr5_runtime.reuse.config import CacheConfig
-from mmr5_runtime.types import EngineError, PageError, RequestError
+from mmr5_runtime.types import EngineError, PageError, RequestError, weakest
 
 COUNT = 4  # pages of every list
 PATIENCE = 60.0  # seconds until a test that hangs fails
@@ -57,7 +57,10 @@ def load(
     monkeypatch.setattr("mmr5_runtime.window.Cursor", said)
 
     def make(
-        concurrency: int = 1, ahead: bool = False, cache: CacheConfig | None = None
+        concurrency: int = 1,
+        ahead: bool = False,
+        cache: CacheConfig | None = None,
+        kv: str = "bf16",
     ) -> Reranker:
         monkeypatch.setattr(said, "asynchronous", ahead)
         made.append(
@@ -67,6 +70,7 @@ def load(
                 max_pixels=MAX_PIXELS,
                 cache=cache or CacheConfig.off(),
                 concurrency=concurrency,
+                kv=kv,  # type: ignore[arg-type]
             )
         )
         loaded = made[-1]._loaded
@@ -124,10 +128,50 @@ def test_requests_together_give_what_they_give_alone(
     for found, expected in zip(together, alone, strict=True):
         close = pytest.approx(expected.list_logprob, rel=1e-4)
         assert found.list_logprob == close  # company changes the last bits of logits on a CPU
-        neutral = dataclasses.replace(found, list_logprob=expected.list_logprob)
+        # Sharing a pass costs the promise of the same bits, and nothing else.
+        shared = weakest([expected.exactness, "token_identical"])
+        assert found.exactness in (expected.exactness, shared)
+        usage = found.usage
+        if expected.usage.draft_tokens:  # drafted from the answers that were there first
+            counted = ("decode_steps", "draft_tokens", "accepted_tokens")
+            same = {name: getattr(expected.usage, name) for name in counted}
+            usage = dataclasses.replace(usage, **same)
+        neutral = dataclasses.replace(
+            found,
+            list_logprob=expected.list_logprob,
+            exactness=expected.exactness,
+            usage=usage,
+        )
         assert _without_time(neutral) == _without_time(expected)
     assert batcher.passes < batcher.steps  # some of them did share a pass
     assert batcher._joined == 0 and not batcher._waiting
+
+
+@pytest.mark.parametrize("kv", ["bf16", "int8"])
+def test_what_was_decoded_in_company_is_labelled_and_not_remembered(
+    load: Callable[..., Reranker], monkeypatch: pytest.MonkeyPatch, kv: str
+) -> None:
+    reranker = load(concurrency=2, cache=CacheConfig(), kv=kv)
+    both, together = threading.Barrier(2), Cursor.together
+
+    def wait(cursor: Cursor) -> Any:
+        both.wait(PATIENCE)
+        return together(cursor)
+
+    def ask(n: int) -> RerankResult:
+        return reranker.rerank(f"Question {n}?", _pages(n), stop="eos")
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setattr(Cursor, "together", wait)
+        shared = list(pool.map(ask, range(2), timeout=PATIENCE))
+    assert reranker._batcher is not None and reranker._batcher.passes < reranker._batcher.steps
+    level = "token_identical" if kv == "bf16" else "approximate"
+    assert [result.exactness for result in shared] == [level] * 2
+    alone, again = ask(0), ask(0)
+    assert alone.exactness == again.exactness == "bit_identical"
+    # The prompt was read alone, and so it is remembered; its answer is only from now on.
+    assert (alone.cache.segments_read, alone.cache.replayed_tokens) == (0, 0)
+    assert again.cache.replayed_tokens == again.usage.completion_tokens
 
 
 def test_an_idle_or_abandoned_stream_holds_nobody_up(load: Callable[..., Reranker]) -> None:
@@ -223,7 +267,7 @@ def test_documents_and_the_cascade_take_turns(load: Callable[..., Reranker]) -> 
         assert [result.order for result in found] == expected
 
 
-@pytest.mark.parametrize("concurrency", [0, 9, -1, 1.5, "2"])
+@pytest.mark.parametrize("concurrency", [0, 9, -1, 1.5, "2", True])
 def test_concurrency_out_of_range(load: Callable[..., Reranker], concurrency: Any) -> None:
     with pytest.raises(RequestError, match=r"concurrency=.*1 to 8"):
         load(concurrency)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from mmr5_bench.random_weights.shapes import spec_of
 from mmr5_runtime import OutOfMemoryError, Reranker
 from mmr5_runtime.capacity import Need
 from mmr5_runtime.cli import main
+from mmr5_runtime.engine import Engine
 from mmr5_runtime.exhaustion import (
     is_exhaustion,
     memory_errors,
@@ -26,6 +28,7 @@ from mmr5_runtime.exhaustion import (
 )
 from mmr5_runtime.kvcache import KVArena
 from mmr5_runtime.model import Model
+from mmr5_runtime.reuse.host_memory import host_block
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 PAGES = [noise(56, 56, seed) for seed in range(3)]
@@ -37,9 +40,11 @@ def no_memory(*_: object, **__: object) -> Any:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
-@pytest.fixture
-def reranker(tiny_engine: Callable[[str], Path]) -> Reranker:
-    return Reranker.load(tiny_engine("int4"), "cpu", max_pixels=MAX_PIXELS)
+@pytest.fixture(params=[1, 2])
+def reranker(tiny_engine: Callable[[str], Path], request: pytest.FixtureRequest) -> Reranker:
+    return Reranker.load(
+        tiny_engine("int4"), "cpu", max_pixels=MAX_PIXELS, concurrency=request.param
+    )
 
 
 def test_a_request_whose_arena_does_not_fit(
@@ -76,6 +81,44 @@ def test_a_request_that_runs_out_in_the_middle_lets_go_of_its_arena(
     assert made and all(arena() is None for arena in made), "while the error is still at hand"
     del caught
     assert reranker.rerank("rain?", PAGES, max_new_tokens=4).order
+
+
+def test_memory_that_runs_out_in_a_decode_step_is_free_when_the_message_is_made(
+    reranker: Reranker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing waits for the collector of cycles, which may not come by for long."""
+    made: list[weakref.ref[KVArena]] = []
+    alive: list[int] = []
+    new_arena, step = Model.new_arena, Engine.step
+
+    def watched(model: Model, capacity: int) -> KVArena:
+        arena = new_arena(model, capacity)
+        made.append(weakref.ref(arena))
+        return arena
+
+    def few(engine: Engine, *args: Any) -> Tensor:
+        steps.append(1)
+        rows = step(engine, *args)
+        return rows if len(steps) < 3 else no_memory()
+
+    def look(device: torch.device) -> None:
+        alive.append(sum(arena() is not None for arena in made))
+
+    steps: list[int] = []
+    monkeypatch.setattr(Model, "new_arena", watched)
+    monkeypatch.setattr("mmr5_runtime.exhaustion.free_bytes", look)
+    gc.collect()
+    gc.disable()
+    try:
+        reranker.rerank("rain?", PAGES, max_new_tokens=4, stop="eos")
+        assert made and not any(arena() is not None for arena in made)
+        with monkeypatch.context() as patch:
+            patch.setattr(Engine, "step", few)
+            with pytest.raises(OutOfMemoryError):
+                reranker.rerank("other?", PAGES, max_new_tokens=8, stop="eos")
+        assert len(steps) == 3 and len(made) == 2 and alive == [0]
+    finally:
+        gc.enable()
 
 
 def test_a_page_that_cannot_be_encoded(reranker: Reranker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,6 +180,83 @@ def test_what_would_fit_of_a_page_and_of_weights() -> None:
     assert "take 7.00 GiB, and 1.00 GiB is free" in weights_shortage(7 * GIB, GPU, GIB)
 
 
+def test_options_that_keep_weights_twice_are_named() -> None:
+    message = weights_shortage(12 * GIB, GPU, GIB, prefill="fp8", kernels="cuda")
+    assert "with the second copy that prefill='fp8' makes" in message
+    assert "; load with prefill='exact', or load with kernels='triton'" in message
+    plain = weights_shortage(12 * GIB, GPU, GIB, kernels="triton")
+    assert "prefill" not in plain and "kernels=" not in plain
+
+
+def test_main_memory_is_named_where_the_device_has_enough() -> None:
+    need = Need.of(BIG, torch.bfloat16, "bf16", pages=2, page_tokens=1280, other_tokens=2000)
+    enough = need.total
+    messages = [
+        prompt_shortage(need, GPU, enough, BIG.vision.factor, "bf16"),
+        page_shortage(BIG.vision, torch.bfloat16, 4 * 1280, GPU, enough),
+        weights_shortage(GIB, GPU, GIB),
+    ]
+    for message in messages:
+        assert message.startswith("main memory probably ran out: ")
+        assert "lower embeddings_gib and kv_gib" in message and "cuda:0 ran" not in message
+    assert messages[0].count("iB is free on cuda:0") == 1
+    assert "main memory" not in prompt_shortage(need, GPU, enough - 1, BIG.vision.factor, "bf16")
+
+
+def no_host_memory(*_: object, **__: object) -> Any:
+    raise RuntimeError("CUDA error: out of memory")  # as page-locked memory has it
+
+
+def test_caches_that_get_no_memory_refuse_and_serving_goes_on(
+    reranker: Reranker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = reranker.rerank("rain?", PAGES, max_new_tokens=4)
+    reranker.cache.clear()
+    before = reranker.cache.stats()
+    for store in ("encoder_cache", "segments", "relocate_store"):
+        monkeypatch.setattr(f"mmr5_runtime.reuse.{store}.host_block", lambda *_: None)
+    found = reranker.rerank("rain?", PAGES, max_new_tokens=4)
+    assert (found.text, found.order) == (wanted.text, wanted.order)
+    moved = reranker.rerank("rain?", PAGES, max_new_tokens=4, image_kv="relocate")
+    assert moved.order
+    stats = reranker.cache.stats()
+    assert stats.encoder.refused - before.encoder.refused >= len(PAGES)
+    assert stats.segments.refused > before.segments.refused
+    assert stats.relocatable.refused > before.relocatable.refused
+    assert stats.encoder.host.entries == stats.segments.entries == stats.relocatable.entries == 0
+    with pytest.raises(OutOfMemoryError, match="main memory has no .* one more pinned page"):
+        reranker.open_document(PAGES)
+
+
+def test_host_memory_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert host_block((2, 3), torch.int8, CPU).shape == (2, 3)  # type: ignore[union-attr]
+    monkeypatch.setattr("mmr5_runtime.reuse.host_memory.torch.empty", no_host_memory)
+    assert host_block((2, 3), torch.int8, CPU) is None
+
+    def broken(*_: object, **__: object) -> Any:
+        raise RuntimeError("no such dtype")
+
+    monkeypatch.setattr("mmr5_runtime.reuse.host_memory.torch.empty", broken)
+    with pytest.raises(RuntimeError, match="no such dtype"):
+        host_block((2, 3), torch.int8, CPU)
+
+
+def test_an_engine_whose_tables_do_not_fit(
+    tiny_engine: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmr5_runtime.loading.Engine", no_memory)
+    with pytest.raises(OutOfMemoryError, match="the weights of this engine take"):
+        Reranker.load(tiny_engine("int4"), "cpu")
+
+
+def test_steps_that_cannot_be_recorded(reranker: Reranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "warm_up", no_memory)
+        with pytest.raises(OutOfMemoryError, match="recording decode steps .* graphs=False"):
+            reranker.warm_up()
+    assert reranker.warm_up() == 0 and reranker.rerank("rain?", PAGES, max_new_tokens=4).order
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
@@ -144,6 +264,8 @@ def test_what_would_fit_of_a_page_and_of_weights() -> None:
         (MemoryError(), True),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
         (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
         (RuntimeError("shapes do not match"), False),
         (ValueError("out of memory"), False),
     ],

@@ -15,6 +15,8 @@ from helpers.pictures import noise
 from helpers.reading import MAX_PIXELS, QUESTION
 from mmr5_runtime import PageError, Reranker, RerankResult
 from mmr5_runtime.image import preprocess_bytes
+from mmr5_runtime.prefetch import Prefetch
+from mmr5_runtime.reading import PromptPage
 from mmr5_runtime.request import open_bank, open_sources
 from mmr5_runtime.reuse.page_source import PageSource
 
@@ -93,14 +95,38 @@ def test_embeddings_have_the_same_bits(
     same("bits", torch.cat(parts).view(torch.int32).tolist())
 
 
+def test_work_for_a_page_does_not_grow_with_the_list(
+    reranker: Reranker, ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, memory = reranker._require_loaded(), reranker.cache
+    expected, built = list[int](), list[object]()
+
+    def expect(self: Prefetch[Any], indices: Any) -> None:
+        expected.append(len(indices))
+
+    def page(**values: Any) -> PromptPage:
+        built.append(values)
+        return PromptPage(**values)
+
+    monkeypatch.setattr(Prefetch, "expect", expect)
+    monkeypatch.setattr("mmr5_runtime.bank.PromptPage", page)
+    many = [png(seed) for seed in range(AHEAD + 4)]
+    bank = open_bank(loaded, memory, open_sources(memory, many), loaded.budget)
+    bank.page(0).embeddings()
+    assert len(built) == 1
+    bank.encode(1)
+    bank.pages(range(2, len(many)))[0].embeddings()
+    bank.close()
+    assert expected == ([AHEAD + 1] * 3 if ahead else [])
+
+
 def test_pages_cross_as_bytes(reranker: Reranker, monkeypatch: pytest.MonkeyPatch) -> None:
     def cut(self: Any, index: int, image: Any) -> Any:
-        settings = self._loaded.image_settings
-        return preprocess_bytes(image, self._budget, **settings)
+        return preprocess_bytes(image, self._budget, **self._settings)
 
     plain = reranker.rerank(QUESTION, PAGES, max_new_tokens=8)
     reranker.cache.clear()
-    monkeypatch.setattr("mmr5_runtime.bank.PageBank._cut", cut)
+    monkeypatch.setattr("mmr5_runtime.bank.PagePreparations._cut", cut)
     as_bytes = reranker.rerank(QUESTION, PAGES, max_new_tokens=8)
     assert as_bytes.text == plain.text and as_bytes.cache == plain.cache
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from helpers.pictures import noise
 from helpers.reading import (
@@ -24,7 +28,10 @@ from mmr5_runtime import (
     Reranker,
     RerankResult,
 )
+from mmr5_runtime.engine import Engine
 from mmr5_runtime.pages import Page
+from mmr5_runtime.reuse.relocate import RelocatedRead, read_relocated
+from mmr5_runtime.types import EngineError
 
 EngineFactory = Callable[[str], Path]
 SHORT: dict[str, Any] = {"max_new_tokens": 12}
@@ -238,6 +245,29 @@ def test_relocated_pages_stay_out_of_exact_answers(fresh: Fresh) -> None:
     assert again.exactness == "approximate" and again.cache.replayed_tokens == 0
     stats = reranker.cache.stats().relocatable
     assert (stats.entries, stats.misses) == (4, misses)
+
+
+def test_logits_behind_relocated_pages_that_are_no_numbers(
+    fresh: Fresh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The token that is run again is the prompt's last, wherever it was read."""
+    asked: list[int] = []
+
+    def damaged(*args: Any) -> RelocatedRead:
+        read = read_relocated(*args)
+        return dataclasses.replace(read, logits=read.logits + math.nan)
+
+    def not_finite(engine: Engine, token_id: int, *_: object) -> EngineError:
+        asked.append(token_id)
+        return EngineError("the logits are not finite")
+
+    monkeypatch.setattr("mmr5_runtime.relocation.read_relocated", damaged)
+    monkeypatch.setattr(Engine, "not_finite", not_finite)
+    reranker = fresh()
+    with pytest.raises(EngineError, match="not finite"):
+        reranker.rerank(QUESTION, png_pages(2), image_kv="relocate", **SHORT)
+    segments = reranker._require_loaded().prompts("reference").segments(QUESTION, [4, 4])
+    assert asked == [segments.tail[-1]] != [segments.head[-1]]
 
 
 def test_relocation_moves_what_is_not_recomputed(tiny_engine: EngineFactory) -> None:

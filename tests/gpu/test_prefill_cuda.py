@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -105,7 +106,9 @@ def test_expanded_weights_equal_the_reference(format: Format) -> None:
 
     n, k = 4608, 3584
     parts = on_gpu(random_parts(format, n, k))
-    out = Scratch().weight(n, k, torch.device("cuda")).fill_(float("nan"))
+    scratch = Scratch()
+    with scratch.weight(n, k, torch.device("cuda")) as out:
+        out.fill_(float("nan"))
     if format.weights == "int8":
         expand_int8(parts["weight"], parts["weight_scale"], out)
     else:
@@ -113,3 +116,17 @@ def test_expanded_weights_equal_the_reference(format: Format) -> None:
         group = format.group_size or 0
         expand_int4(packed["weight"], packed["scale"], packed.get("zero"), group, out)
     assert torch.equal(out, reference.dequantize(format, parts, BF16))
+
+
+def test_threads_and_names_of_one_gpu_share_one_block() -> None:
+    scratch = Scratch()
+
+    def address(name: str) -> int:
+        with scratch.weight(64, 64, torch.device(name)) as weight:
+            return weight.data_ptr()
+
+    with ThreadPoolExecutor(4) as pool:
+        found = set(pool.map(address, ["cuda", f"cuda:{torch.cuda.current_device()}"] * 8))
+    assert len(found) == 1
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert address("cuda") not in found

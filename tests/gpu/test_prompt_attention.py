@@ -36,6 +36,22 @@ def test_every_method_agrees_and_repeats(method: str, tokens: int, cached: int) 
     assert torch.equal(attend(q, k, v), found)
 
 
+def test_a_prompt_read_in_pieces_has_the_same_bits() -> None:
+    from mmr5_kernels.ops.prefill_attention import causal_attention
+
+    q = torch.randn(1500, 28, 128, generator=torch.Generator().manual_seed(5)).bfloat16().cuda()
+    k, v = (
+        torch.randn(2, 4, 1700, 128, generator=torch.Generator().manual_seed(6)).bfloat16().cuda()
+    )
+    whole = causal_attention(q, k, v)
+    cuts = (0, 64, 680, 681, 1296, 1500)
+    pieces = [
+        causal_attention(q[a:b], k[:, : 200 + b], v[:, : 200 + b])
+        for a, b in zip(cuts, cuts[1:], strict=False)
+    ]
+    assert torch.equal(torch.cat(pieces), whole)
+
+
 def test_the_rotation_in_the_window_kernel_has_the_bits_of_torch() -> None:
     from mmr5_kernels.ops.window_attention import rotary_window_attention
 

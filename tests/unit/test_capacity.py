@@ -10,22 +10,30 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers import stepping
 from helpers.tiny import tiny_configs
 from mmr5_bench.random_weights.shapes import formats_of, spec_of, stored_bytes
+from mmr5_bench.random_weights.tensors import RandomTensors
 from mmr5_kernels.layout import INT4
+from mmr5_kernels.target import INTERPRETED, Target
 from mmr5_runtime.capacity import (
     Need,
     gib,
     kv_bytes_per_token,
+    loaded_bytes,
     prefill_bytes,
     vision_bytes,
     weight_bytes,
 )
+from mmr5_runtime.compute import Prefill
+from mmr5_runtime.linear import Linear
+from mmr5_runtime.model import Model
 from mmr5_runtime.spec import ModelSpec
 
 SPEC = ModelSpec.from_hf_config(json.loads(tiny_configs()["int4"].to_json_string(use_diff=False)))
 BIG = spec_of("7b")
 BF16 = torch.bfloat16
+CUDA = Target("cuda", (9, 0), "cuda", interpreted=True)
 
 
 def need(pages: int = 10, page_tokens: int = 1280, other: int = 2000, **more: Any) -> Need:
@@ -42,6 +50,67 @@ def test_weights_are_counted_as_they_are_stored() -> None:
     assert packed < 0.45 * dense
     names = {"model.layers.0.mlp.down_proj": INT4}
     assert weight_bytes(SPEC, names) < weight_bytes(SPEC, {})
+
+
+def taken(model: Model) -> int:
+    """Bytes of everything that holds weights, shared memory once."""
+    found = [b for name, b in model.named_buffers() if "rotary" not in name]
+    scratch = set()
+    for linear in (module for module in model.modules() if isinstance(module, Linear)):
+        scratch |= {linear._scratch} - {None}
+        for prepared in filter(None, (linear.prepared, linear.many)):
+            found += [part for parts in prepared.operands.values() for part in parts.values()]
+            found += [] if prepared.bias is None else [prepared.bias]
+    by_address = {tensor.data_ptr(): tensor.nbytes for tensor in found}
+    return sum(by_address.values()) + sum(part.num_bytes for part in scratch if part is not None)
+
+
+@pytest.mark.parametrize("target", [Target("cpu"), INTERPRETED, CUDA], ids=lambda t: t.kernels)
+@pytest.mark.parametrize("prefill", ["exact", "int8", "fp8"])
+@pytest.mark.parametrize("quant", ["bf16", "int4", "int4-asym", "int8", "int8-weight-only"])
+def test_loaded_weights_take_what_is_said(quant: str, prefill: Prefill, target: Target) -> None:
+    spec = stepping.spec_of(stepping.SMALL)
+    formats = stepping.formats_of(spec, quant)
+    tensors = RandomTensors(spec, formats, torch.device("cpu"))
+    model = Model.from_tensors(
+        spec, tensors.get, formats, BF16, "cpu", target=target, prefill=prefill
+    )
+    said = loaded_bytes(spec, formats, BF16, target, prefill)
+    found = taken(model)
+    if target.device_type == "cpu":
+        assert found == said
+    else:
+        assert 0 <= found - said <= 0.03 * found  # zeros that pad the MLP of the tower
+
+
+def test_a_step_is_said_to_read_the_layout_it_reads() -> None:
+    spec = stepping.spec_of(stepping.SMALL)
+    formats = stepping.formats_of(spec, "int4")
+
+    def model(target: Target, prefill: Prefill = "exact") -> Model:
+        tensors = RandomTensors(spec, formats, torch.device("cpu"))
+        return Model.from_tensors(
+            spec, tensors.get, formats, BF16, "cpu", target=target, prefill=prefill
+        )
+
+    triton, both = model(INTERPRETED).decoder, model(CUDA).decoder
+    assert both.step_bytes == pytest.approx(triton.step_bytes, rel=0.02)  # padding of the tiles
+    assert model(INTERPRETED, "int8").decoder.step_bytes == triton.step_bytes
+
+
+def test_a_second_copy_and_a_second_layout_are_counted() -> None:
+    formats = formats_of("7b", "int4")
+
+    def total(kernels: str = "triton", prefill: str = "exact") -> int:
+        return loaded_bytes(BIG, formats, BF16, Target("cuda", (9, 0), kernels), prefill)
+
+    decoder = 6_525_616_128  # weights of the linears of the 28 layers
+    scratch = 2 * 18944 * 3584 * 2  # gate and up in bf16
+    shapes = 16 * sum(format.weights == "int4" for format in formats.values())  # stored only
+    assert total() - weight_bytes(BIG, formats) == scratch - shapes
+    for prefill in ("int8", "fp8"):
+        assert total(prefill=prefill) - total() + scratch == pytest.approx(decoder, rel=0.01)
+    assert total("cuda") - total() == pytest.approx(decoder / 2, rel=0.05)
 
 
 def test_keys_and_values_of_the_published_7b() -> None:

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from helpers.decoding import CPU, REASONING, Make, decode, listing, random_script, shuffled
-from helpers.scripted import PROMPT, Script, StepDeadline, mini_language, qwen_language
+from helpers.scripted import (
+    PROMPT,
+    Script,
+    StepDeadline,
+    TokenCursor,
+    mini_language,
+    qwen_language,
+)
 from mmr5_runtime.drafting import SuffixIndex
 from mmr5_runtime.replies import Replies
 from mmr5_runtime.reuse.segments import SegmentStore
+from mmr5_runtime.types import EngineError
 
 LANGUAGES = pytest.mark.parametrize("make", [qwen_language, mini_language], ids=["qwen", "mini"])
 
@@ -116,6 +129,51 @@ def test_a_deadline_before_the_list_ranks_by_the_first_choice(num_pages: int) ->
         assert answer.known[0] == ids[0]
         assert run.text.count("</think>") == 1 and run.text.endswith("<answer>[")
         assert answer.scores.logprobs == ()
+
+
+@dataclass(frozen=True)
+class Damaged(Script):
+    """Has a NaN, or an infinity, among its logits behind text that ends with ``behind``."""
+
+    behind: str = "<answer>["
+    number: float = math.nan
+
+    def logits(self, written: Sequence[int]) -> Tensor:
+        row = super().logits(written)
+        text = b"".join(self.language.vocabulary[token] for token in written)
+        if text.endswith(self.behind.encode()):
+            row[5] = self.number
+        return row
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("options", "steps", "behind"),
+    [
+        ({"think": "auto"}, None, "<answer>["),
+        ({"think": "auto"}, None, "<answer>[1"),
+        ({}, 3, "<answer>["),
+        ({}, 3, "<answer>[1"),
+    ],
+)
+def test_a_first_choice_among_no_numbers_is_an_error(
+    options: dict[str, Any],
+    steps: int | None,
+    behind: str,
+    number: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def not_finite(cursor: TokenCursor, token: int | None) -> EngineError:
+        assert token == cursor.written[-1]
+        return EngineError("the logits are not finite")
+
+    monkeypatch.setattr(TokenCursor, "not_finite", not_finite)
+    language = mini_language()
+    tokens = tuple(language.encode(listing(shuffled(12, 3))))
+    script = Damaged(language, tokens, behind=behind, number=number)
+    deadline = None if steps is None else StepDeadline(steps)
+    with pytest.raises(EngineError, match="not finite"):
+        decode(script, 12, deadline=deadline, **options)
 
 
 def test_a_deadline_in_the_list_keeps_what_was_named() -> None:

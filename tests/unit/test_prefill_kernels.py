@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -176,21 +179,38 @@ def test_norm_gate_and_residual_are_those_of_passes_of_their_own(name: str) -> N
 
 def test_expanded_weights_share_their_memory() -> None:
     scratch, cpu = Scratch(), torch.device("cpu")
-    large = scratch.weight(8, 16, cpu)
-    small = scratch.weight(3, 5, cpu)
-    assert small.shape == (3, 5) and small.is_contiguous()
-    assert small.data_ptr() == large.data_ptr()
-    assert scratch.weight(9, 16, cpu).numel() == 144
+    with scratch.weight(8, 16, cpu) as large:
+        address = large.data_ptr()
+    with scratch.weight(3, 5, cpu) as small:
+        assert small.shape == (3, 5) and small.is_contiguous() and small.data_ptr() == address
+    scratch.reserve(9, 16, cpu)
+    assert scratch.num_bytes == 9 * 16 * 2
 
 
-def test_threads_have_memory_of_their_own() -> None:
-    from concurrent.futures import ThreadPoolExecutor
+def test_threads_share_one_block_and_never_at_the_same_time() -> None:
+    scratch, cpu, busy = Scratch(), torch.device("cpu"), threading.Lock()
 
-    scratch, cpu = Scratch(), torch.device("cpu")
-    ours = scratch.weight(4, 4, cpu)
-    with ThreadPoolExecutor(1) as pool:
-        theirs = pool.submit(scratch.weight, 4, 4, cpu).result()
-        assert theirs.data_ptr() != ours.data_ptr()
+    def expand(value: int) -> int:
+        with scratch.weight(64, 64, cpu) as weight:
+            assert busy.acquire(blocking=False), "two weights in one block"
+            weight.fill_(value)
+            time.sleep(0.001)
+            assert bool((weight == value).all())
+            busy.release()
+            return weight.data_ptr()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(expand, range(32)))) == 1
+    assert scratch.num_bytes == 64 * 64 * 2
+
+
+def test_a_product_that_fails_frees_the_block() -> None:
+    scratch, parts = Scratch(), random_parts(INT4, 48, 128)
+    operands = skinny(INT4, parts)
+    with pytest.raises(RuntimeError):
+        prefill.int4_expand(draw(65, 64), INT4, operands, None, Around(scratch=scratch))
+    found = prefill.int4_expand(draw(65, 128), INT4, operands, None, Around(scratch=scratch))
+    assert found.shape == (65, 48)
 
 
 def test_tiles_are_those_of_the_nearest_gpu_below() -> None:

@@ -165,7 +165,7 @@ def test_layouts_share_nothing(loaded: LoadedEngine) -> None:
 @pytest.mark.parametrize("segments", range(5))
 def test_what_was_read_when_time_ran_out_is_remembered(loaded: LoadedEngine, segments: int) -> None:
     memory, pages = remember(loaded), png_pages(3)
-    late = read(loaded, memory, pages, deadline=AfterChecks(segments))
+    late = read(loaded, memory, pages, deadline=AfterChecks(2 * segments))
     assert late.logits is None
     assert late.counts.segments_read == segments
     again = read(loaded, memory, pages)
@@ -179,10 +179,19 @@ def test_what_was_read_when_time_ran_out_is_remembered(loaded: LoadedEngine, seg
 @pytest.mark.parametrize("segments", range(5))
 def test_what_time_left_unread_is_new_the_next_time(loaded: LoadedEngine, segments: int) -> None:
     memory, pages = remember(loaded), png_pages(3)
-    read(loaded, memory, pages, deadline=AfterChecks(segments))
+    read(loaded, memory, pages, deadline=AfterChecks(2 * segments))
     misses = read(loaded, memory, pages).counts.misses
     assert dict(misses) == ({"query": 4}, {"page": 3}, {"page": 2}, {"page": 1}, {})[segments]
     assert read(loaded, memory, pages).counts.misses == {}
+
+
+@pytest.mark.parametrize("segments", range(5))
+def test_time_that_passes_while_others_have_the_model(loaded: LoadedEngine, segments: int) -> None:
+    """No page is read, and none encoded, once the turn has come too late."""
+    memory, pages = remember(loaded), png_pages(3)
+    late = read(loaded, memory, pages, deadline=AfterChecks(2 * segments + 1))
+    assert late.logits is None and late.counts.segments_read == segments
+    assert late.counts.pages_encoded == max(0, min(segments - 1, 3))
 
 
 def test_what_an_error_left_unread_is_new_the_next_time(

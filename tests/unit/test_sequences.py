@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmr5_kernels import sequences
 from mmr5_kernels.sequences import Sequence, sequence_table
@@ -32,3 +35,23 @@ def test_what_no_kernel_could_read_is_refused() -> None:
     coded = Sequence(k=64, v=64, capacity=9, length=1, k_scales=4, v_scales=4)
     with pytest.raises(ValueError, match="cannot mix"):
         sequence_table([plain, None, coded])
+
+
+def test_a_table_is_made_in_one_operation() -> None:
+    rows = [Sequence(k=64, v=64, capacity=9, length=1)] * 8
+
+    class Counting(TorchDispatchMode):
+        calls: int = 0
+
+        def __init__(self) -> None:
+            super().__init__()  # type: ignore[no-untyped-call]
+
+        def __torch_dispatch__(self, *given: Any, **named: Any) -> Any:
+            self.calls += 1
+            return given[0](*given[2], **(given[3] if len(given) > 3 else {}))
+
+    with Counting() as one:
+        sequence_table(rows[:1])
+    with Counting() as eight:
+        sequence_table(rows)
+    assert one.calls == eight.calls <= 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from functools import cache
 
 import pytest
@@ -114,6 +116,35 @@ def test_one_recording_serves_every_arena_and_length_of_its_span() -> None:
     step(engine, torch.tensor([[1, 2]]), [arena])  # more tokens
     step(engine, torch.tensor([[1]]), [read(engine, 130)])  # a longer sequence
     assert len(stepper.recordings) == 3
+
+
+@pytest.mark.parametrize("quant", ["bf16", "int4"])
+def test_weights_go_with_the_engine(quant: str) -> None:
+    """Not with the next collection of cycles: they are most of the memory."""
+    engine = Pair(ONE_LAYER, quant, linears=False).fused
+    step(engine, torch.tensor([[1]]), [read(engine, 5)])  # something is recorded
+    tensors = [engine.model.decoder.embed_tokens]
+    for module in engine.model.decoder.modules():
+        prepared = getattr(module, "prepared", None)
+        if prepared is not None:
+            tensors += [part for parts in prepared.operands.values() for part in parts.values()]
+    weights = [weakref.ref(tensor) for tensor in tensors]
+    assert len(weights) > 5
+    del tensors, module, prepared
+    gc.disable()
+    try:
+        del engine
+        assert all(weight() is None for weight in weights)
+    finally:
+        gc.enable()
+
+
+def test_which_steps_do_not_depend_on_company() -> None:
+    """Those whose linears all have a decode kernel: formats that have none run in torch."""
+    assert Pair(ONE_LAYER, "int4").fused.independent_rows
+    mixed = Pair(ONE_LAYER, "int4-fp16")
+    assert mixed.fused.compute.fused_steps
+    assert not mixed.fused.independent_rows and not mixed.plain.independent_rows
 
 
 def test_warming_up_changes_nothing_and_is_not_done_again() -> None:

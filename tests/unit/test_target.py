@@ -58,8 +58,8 @@ def test_a_gpu_has_what_is_asked_for(gpu: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("_triton_version", None, "Triton is missing and the kernels need 3.3: pip install"),
-        ("_triton_version", (3, 2), "Triton is 3.2 and the kernels need 3.3"),
+        ("_triton_version", None, "Triton is missing and the kernels need 3.6: pip install"),
+        ("_triton_version", (3, 5), "Triton is 3.5 and the kernels need 3.6"),
         ("_driver_version", 11_080, "serves CUDA 11.8 and Triton's programs need 12.0: update it"),
     ],
 )

@@ -66,3 +66,4 @@ def test_transfers_on_a_cpu_are_free() -> None:
     assert Readback(values).wait() is values
     sent = upload([3, 4], CPU)
     assert sent.dtype == torch.int64 and sent.tolist() == [3, 4]
+    assert upload(values[None], CPU).tolist() == [[1, 2]]

@@ -57,7 +57,7 @@ def _finish(
     tl.store(out + origin + place, to_bf16(y, WIDE), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # else compiled anew for some lengths of prompts
 def _matmul_kernel(
     codes,  # [M, K] int8
     weight,  # [N, K] int8
@@ -108,7 +108,7 @@ def _matmul_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _rescale_kernel(
     totals,  # [M, N] int32
     x_scale,

@@ -24,7 +24,9 @@ BLOCK_QUERIES = 128
 BLOCK_KEYS = 64
 LARGEST_HEAD = 128  # values; two accumulators of 128 x 256 would not fit into registers
 LOG2_E = 1.4426950408889634
-_OPTIONS = {"num_warps": 8, "num_stages": 3}
+# Without fusion: masked and unmasked blocks of keys would round their scores differently, and which
+# is which depends on where a prompt was cut.
+_OPTIONS = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": False}
 
 
 @triton.jit

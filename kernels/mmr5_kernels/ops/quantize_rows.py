@@ -68,7 +68,7 @@ def _fp8_bits(value):
     return tl.where(magnitude < 0.015625, small, normal) | sign
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "stride"])  # else compiled anew for some lengths of prompts
 def _rows_kernel(
     x,  # [M, K], or [M, 2K] when GATED; bf16, rows ``stride`` apart
     weight,  # [K] bf16

@@ -15,6 +15,7 @@ fit the 99 KB of shared memory that a program has on sm_86 and sm_89.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from functools import cache
@@ -44,6 +45,19 @@ def tile(family: str, n: int, gated: bool, capability: tuple[int, int]) -> Tile:
     shape_class = "gated" if gated else "narrow" if n < WIDE_ROWS else "wide"
     measured = _read("sm_{}{}.json".format(*capability)).get(family, {})
     return Tile(**measured.get(shape_class) or _read("default.json")[family][shape_class])
+
+
+@cache
+def digest() -> str:
+    """SHA-256 in hex over all files of this folder: other tiles add up in another order."""
+    found = hashlib.sha256()
+    files = resources.files("mmr5_kernels.tuning").iterdir()
+    for file in sorted(files, key=lambda file: file.name):
+        if not file.name.endswith(".json"):
+            continue
+        content = file.read_bytes()
+        found.update(f"{file.name} {len(content)}\n".encode() + content)
+    return found.hexdigest()
 
 
 @cache
