@@ -111,7 +111,7 @@ def _add_compute(group: argparse._ArgumentGroup) -> None:
         "--prefill",
         choices=get_args(Prefill),
         default="exact",
-        help="read prompts with an 8-bit copy of int4 weights: faster, approximate",
+        help="read prompts with an 8-bit copy of int4 weights: approximate, meant for speed",
     )
     group.add_argument(
         "--kv",

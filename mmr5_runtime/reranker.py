@@ -88,10 +88,10 @@ class Reranker:
         ``kernels``: ``portable`` computes with torch alone; ``triton`` also with the Triton kernels
         of this package (on a GPU, in bfloat16), ``cuda`` with its CUDA C++ kernels too; ``auto``
         with those of them that were proven on this GPU. ``prefill``: ``int8`` and ``fp8`` read
-        prompts with a second, 8-bit copy of int4 weights, faster and approximate. ``kv``: ``int8``
-        keeps keys and values in 8 bits, half the memory and approximate; ``bf16`` in the compute
-        type. ``graphs`` records decode steps as CUDA graphs, by default wherever the Triton kernels
-        run them; see also :meth:`warm_up`.
+        prompts with a second, 8-bit copy of int4 weights: approximate, meant for speed, not timed
+        on a GPU yet. ``kv``: ``int8`` keeps keys and values in 8 bits, half the memory and
+        approximate; ``bf16`` in the compute type. ``graphs`` records decode steps as CUDA graphs,
+        by default wherever the Triton kernels run them; see also :meth:`warm_up`.
 
         ``concurrency`` requests (1 to 8) run at once when they come from several threads: prompts
         are read one at a time, page by page, and answers decoded together, which reads the weights

@@ -1,8 +1,8 @@
 """A second copy of a weight in 8 bits, for products of many rows.
 
-int4 serves decoding, where reading the weight is the cost. With many rows the arithmetic is, and 8
-bits are multiplied twice as fast as bf16. The copy rounds weights a second time and activations as
-well: it is an option, never a default.
+int4 serves decoding, where reading the weight is the cost. With many rows the arithmetic is, and
+data sheets give 8 bits twice the rate of bf16. The copy rounds weights a second time and
+activations as well: it is an option, never a default.
 """
 
 from __future__ import annotations

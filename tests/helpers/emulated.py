@@ -44,7 +44,7 @@ def build(folder: Path, source: str | None = None) -> ctypes.CDLL:
 class Emulator:
     """``run`` is :func:`mmr5_kernels.cuda.w4_linear.w4_linear` on the CPU."""
 
-    library: ctypes.CDLL
+    binary: ctypes.CDLL
     gpu: Gpu = SMALL_GPU
 
     def run(
@@ -72,7 +72,7 @@ class Emulator:
         given = arguments(x, weight, norm, residual, swiglu, y, planned)
         ranges = _ranges(list(weight.operands[LAYOUT].values()))
         error, early = ctypes.create_string_buffer(256), ctypes.c_longlong()
-        failed = self.library.emulate(
+        failed = self.binary.emulate(
             ctypes.byref(given), wanted, *planned.grid, planned.shared_bytes, order,
             ranges, len(ranges) // 2, error, ctypes.byref(early),
         )  # fmt: skip

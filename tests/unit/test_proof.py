@@ -43,7 +43,7 @@ def test_a_kernel_is_proven_by_all_of_its_checks() -> None:
             checked("f", "not run", "w"),
         ]
     )
-    assert found == {"w": "failed", "x": "proven", "y": "failed", "z": "unfinished"}
+    assert found == {"w": "failed", "x": "right", "y": "failed", "z": "unfinished"}
 
 
 def test_a_record_replaces_its_own_gpu_only() -> None:
@@ -52,7 +52,7 @@ def test_a_record_replaces_its_own_gpu_only() -> None:
         "sm_90": {"commit": "a", "date": "2026-01-01", "kernels": ["old"]},
     }
     made = {"commit": "b", "date": "2026-02-02"}
-    after = new_record(before, (9, 0), {"y": "proven", "x": "proven", "z": "failed"}, **made)
+    after = new_record(before, (9, 0), {"y": "right", "x": "right", "z": "failed"}, **made)
     assert after["sm_80"] == before["sm_80"]
     assert after["sm_90"] == {**made, "kernels": ["x", "y"]}
     assert list(new_record(before, (9, 0), {"y": "failed"}, **made)) == ["sm_80"]

@@ -142,8 +142,8 @@ def test_a_row_does_not_depend_on_the_others_or_on_the_launch(emulator: Emulator
     case = make(70, 1280, symmetric=False)
     for norm in (None, case.norm):
         alone = {i: emulator.run(case.x[i : i + 1], case, norm=norm)[0][0] for i in (0, 1, 8, 19)}
-        small = Emulator(emulator.library, Gpu(sms=1, shared_bytes=101_376))
-        large = Emulator(emulator.library, H200)
+        small = Emulator(emulator.binary, Gpu(sms=1, shared_bytes=101_376))
+        large = Emulator(emulator.binary, H200)
         for m, where in ((2, emulator), (8, emulator), (9, small), (9, large), (20, emulator)):
             found, _ = where.run(case.x[:m], case, norm=norm)
             assert all(torch.equal(found[i], row) for i, row in alone.items() if i < m)

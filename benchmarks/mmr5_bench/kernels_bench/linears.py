@@ -84,7 +84,7 @@ class Linears:
         weight = ours.kernel_bytes(copies[0], name)
         return self._workload(op, format_name, m, calls, weight, name, "ours", name == chosen)
 
-    def library_workload(self, op: Op, format_name: str, m: int, library: Library) -> Workload:
+    def peer_workload(self, op: Op, format_name: str, m: int, library: Library) -> Workload:
         """The same by another library's kernel; ValueError with the reason where it takes no part.
 
         What it raises itself, when it is prepared or first called, is passed on.

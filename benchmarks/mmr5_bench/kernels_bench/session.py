@@ -159,7 +159,7 @@ def _timed(
         return None
     except Exception as error:  # a kernel that cannot be compiled, a library that refuses
         reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-        if task.library:
+        if task.peer:
             _skip(evidence, task, reason)
             return None
         row = {**task.row, "status": "failed", "reason": reason}
@@ -169,7 +169,7 @@ def _timed(
 
 def _skip(evidence: Evidence, task: Task, reason: str) -> None:
     """Once per reason for a library that refuses everything."""
-    entry: Skipped = {"subject": task.library or task.subject, "reason": reason}
+    entry: Skipped = {"subject": task.peer or task.subject, "reason": reason}
     if entry not in evidence["skipped"]:
         evidence["skipped"].append(entry)
 
@@ -265,6 +265,6 @@ def _linear_tasks(
         yield Task(subject, make, {**row, "kernel": name, "origin": "ours"})
     for library in libraries:
         if library.serves(FORMATS[format_name]):
-            make = partial(linears.library_workload, op, format_name, m, library)
+            make = partial(linears.peer_workload, op, format_name, m, library)
             known = {**row, "kernel": library.name, "origin": "library"}
             yield Task(subject, make, known, library.name)

@@ -13,11 +13,11 @@ from mmr5_bench.kernels_bench.workload import Workload
 class Task:
     """``subject`` is what it is called when it is skipped, ``make`` makes its operands.
 
-    ``row`` is what is known of the row if making or running it fails; ``library`` names whose
+    ``row`` is what is known of the row if making or running it fails; ``peer`` names whose
     kernel it is where it is not ours.
     """
 
     subject: str
     make: Callable[[], Workload]
     row: Mapping[str, Any] = field(default_factory=dict)
-    library: str = ""
+    peer: str = ""

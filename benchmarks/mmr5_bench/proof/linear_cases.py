@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -37,12 +38,12 @@ def linear_cases(scale: Scale, device: torch.device) -> Iterator[Case]:
                 continue
             for kernel in _names(scale, format, target, n, k):
                 about = f"{kernel}, {format_name} {n} x {k}"
-                common = (scale, kernel, format, n, k, target, device)
-                yield Case((kernel,), about, partial(_linear, *common))
+                given = _Given(scale, kernel, format, n, k, target, device)
+                yield Case((kernel,), about, partial(_linear, given))
                 if _is_step(kernel):
                     name = f"{about}: rows do not depend on their company"
-                    yield Case((kernel,), name, partial(_company, *common))
-                    yield Case((kernel,), f"{about}, fused", partial(_fused, *common))
+                    yield Case((kernel,), name, partial(_company, given))
+                    yield Case((kernel,), f"{about}, fused", partial(_fused, given))
 
 
 def _names(scale: Scale, format: Format | None, target: Target, n: int, k: int) -> list[str]:
@@ -70,80 +71,74 @@ def _is_step(kernel: str) -> bool:
     return dispatch.KERNELS[kernel].fused is not None
 
 
-def _weight(
-    format: Format | None, n: int, k: int, target: Target, device: torch.device
-) -> tuple[dict[str, Tensor], Prepared]:
-    tensors = random_tensors(format, n, k, bias=True, device=device, seed=_seed())
-    return tensors, dispatch.prepare(format, tensors, _DTYPE, device, target)
+@dataclass(frozen=True)
+class _Given:
+    """One kernel and one weight [n, k] that it has to multiply."""
+
+    scale: Scale
+    kernel: str
+    format: Format | None
+    n: int
+    k: int
+    target: Target
+    device: torch.device
+
+    def weight(self) -> tuple[dict[str, Tensor], Prepared]:
+        """New random tensors, stored and prepared."""
+        drawn = random_tensors(
+            self.format, self.n, self.k, bias=True, device=self.device, seed=_seed()
+        )
+        return drawn, dispatch.prepare(self.format, drawn, _DTYPE, self.device, self.target)
+
+    def rows(self, m: int) -> Tensor:
+        """New random rows [m, k]."""
+        return _draw((m, self.k), self.device)
 
 
-def _linear(
-    scale: Scale,
-    kernel: str,
-    format: Format | None,
-    n: int,
-    k: int,
-    target: Target,
-    device: torch.device,
-) -> Finding:
-    tensors, prepared = _weight(format, n, k, target, device)
+def _linear(given: _Given) -> Finding:
+    tensors, prepared = given.weight()
     findings = []
-    for m in scale.rows:
-        if kernel not in ours.kernels(format, [target], _DTYPE, m, n, k):
+    for m in given.scale.rows:
+        serving = ours.kernels(given.format, [given.target], _DTYPE, m, given.n, given.k)
+        if given.kernel not in serving:
             continue
-        x = _draw((m, k), device)
-        found = [ours.run_kernel(kernel, prepared, x) for _ in range(2)]
-        wanted = reference_linear(x, format, tensors)
-        close = same if kernel in _EXACT else partial(near, allowed=_ALLOWED)
+        x = given.rows(m)
+        found = [ours.run_kernel(given.kernel, prepared, x) for _ in range(2)]
+        wanted = reference_linear(x, given.format, tensors)
+        close = same if given.kernel in _EXACT else partial(near, allowed=_ALLOWED)
         findings += [close(found[0], wanted), same(*found)]
     return worst(*findings)
 
 
-def _company(
-    scale: Scale,
-    kernel: str,
-    format: Format | None,
-    n: int,
-    k: int,
-    target: Target,
-    device: torch.device,
-) -> Finding:
+def _company(given: _Given) -> Finding:
     """The first rows of 64 and the same rows by themselves: the same bits."""
-    _, prepared = _weight(format, n, k, target, device)
-    x = _draw((DECODE_ROWS, k), device)
-    together = ours.run_kernel(kernel, prepared, x)
-    alone = [m for m in scale.rows if m < DECODE_ROWS]
+    _, prepared = given.weight()
+    x = given.rows(DECODE_ROWS)
+    together = ours.run_kernel(given.kernel, prepared, x)
+    alone = [m for m in given.scale.rows if m < DECODE_ROWS]
     return worst(
-        *(same(ours.run_kernel(kernel, prepared, x[:m].clone()), together[:m]) for m in alone)
+        *(same(ours.run_kernel(given.kernel, prepared, x[:m].clone()), together[:m]) for m in alone)
     )
 
 
-def _fused(
-    scale: Scale,
-    kernel: str,
-    format: Format | None,
-    n: int,
-    k: int,
-    target: Target,
-    device: torch.device,
-) -> Finding:
-    tensors, prepared = _weight(format, n, k, target, device)
-    fused = dispatch.KERNELS[kernel].fused
+def _fused(given: _Given) -> Finding:
+    tensors, prepared = given.weight()
+    fused = dispatch.KERNELS[given.kernel].fused
     assert fused is not None
-    norm = Norm(torch.rand(k).to(device, _DTYPE) + 0.5, 1e-6)
+    norm = Norm(torch.rand(given.k).to(given.device, _DTYPE) + 0.5, 1e-6)
     bias = tensors["bias"].to(_DTYPE)
     findings = []
-    for m in (rows for rows in scale.rows if rows <= DECODE_ROWS):
-        x, residual = _draw((m, k), device), _draw((m, n), device)
+    for m in (rows for rows in given.scale.rows if rows <= DECODE_ROWS):
+        x, residual = given.rows(m), _draw((m, given.n), given.device)
         for around in (
             {"norm": norm},
             {"residual": residual},
             {"norm": norm, "swiglu": True},
         ):
-            if around.get("swiglu") and n % 2:
+            if around.get("swiglu") and given.n % 2:
                 continue
             found = fused(x, prepared, **around)
-            wanted = fused_linear(x, format, tensors, bias, **around)
+            wanted = fused_linear(x, given.format, tensors, bias, **around)
             findings.append(near(found, wanted, _FUSED_ALLOWED))
     return worst(*findings)
 

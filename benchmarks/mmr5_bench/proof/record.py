@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
-State = Literal["proven", "failed", "unfinished"]
+State = Literal["right", "failed", "unfinished"]
 
 
 class Checked(TypedDict):
@@ -21,14 +21,14 @@ class Checked(TypedDict):
 
 
 def states(checked: Sequence[Checked]) -> dict[str, State]:
-    """Of every kernel that checks speak for: proven when all of its checks ran and were right."""
+    """Of every kernel that checks speak for: right when all of its checks ran and were right."""
     found: dict[str, State] = {}
     for kernel in sorted({name for one in checked for name in one["kernels"]}):
         own = {one["status"] for one in checked if kernel in one["kernels"]}
         if own & {"wrong", "error"}:
             found[kernel] = "failed"
         else:
-            found[kernel] = "unfinished" if "not run" in own else "proven"
+            found[kernel] = "unfinished" if "not run" in own else "right"
     return found
 
 
@@ -47,7 +47,7 @@ def new_record(
     """
     name = "sm_{}{}".format(*capability)
     kept = {other: record for other, record in before.items() if other != name}
-    proven = sorted(kernel for kernel, state in found.items() if state == "proven")
+    proven = sorted(kernel for kernel, state in found.items() if state == "right")
     if proven:
         kept[name] = {"commit": commit, "date": date, "kernels": proven}
     return dict(sorted(kept.items()))
@@ -64,7 +64,7 @@ def lines(checked: Sequence[Checked], found: Mapping[str, State], *, dry_run: bo
     right = sum(one["status"] == "right" for one in checked)
     shown.append(f"{right} of {len(checked)} checks right")
     for kernel, state in found.items():
-        said = {"proven": "right where it ran", "failed": "wrong", "unfinished": "not all run"}
+        said = {"right": "right where it ran", "failed": "wrong", "unfinished": "not all run"}
         shown.append(f"  {kernel:<24} {said[state] if dry_run else state}")
     if dry_run:
         shown.append("DRY RUN in Triton's interpreter: this proves nothing and writes no record.")
