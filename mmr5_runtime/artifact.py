@@ -1,8 +1,9 @@
 """Engine folders: writing and strictly reading their manifest, and streaming their tensors.
 
-A folder holds ``mmr5_engine.json``, safetensors files, and the checkpoint's tokenizer and config
-files. Everything is checked before the first weight is loaded: the manifest's schema, that every
-file is there with its size, and that the stored tensors are exactly those of the architecture.
+A folder holds ``mmr5_engine.json``, safetensors files, the checkpoint's tokenizer and config files,
+and what was added for other backends, some of it in folders below. Everything is checked before the
+first weight is loaded: the manifest's schema, that every file is there with its size, and that the
+stored tensors are exactly those of the architecture.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from mmr5_runtime import __version__
 from mmr5_runtime.manifest import (
     SCHEMA_VERSION,
+    Backend,
     FileEntry,
     ImageSettings,
     Manifest,
@@ -35,6 +37,7 @@ from mmr5_runtime.types import EngineError
 __all__ = [
     "MANIFEST_NAME",
     "SCHEMA_VERSION",
+    "Backend",
     "FileEntry",
     "ImageSettings",
     "Manifest",
@@ -134,8 +137,6 @@ def verify_hashes(folder: Path | str, manifest: Manifest) -> None:
 def _check_files(folder: Path, manifest: Manifest) -> None:
     for name, entry in manifest.files.items():
         path = folder / name
-        if Path(name).name != name:
-            raise EngineError(f"{folder} lists the file {name!r} outside itself; export it again.")
         if not path.is_file():
             raise EngineError(f"{path} is missing; copy the whole engine folder or export again.")
         if (size := path.stat().st_size) != entry.size:

@@ -1,8 +1,8 @@
 """The contents of ``mmr5_engine.json``: what an engine folder says about itself.
 
-Version 2, as written by ``mmr5-export``; every key is required::
+Version 3, as written by ``mmr5-export``; every key is required::
 
-    schema_version   2
+    schema_version   3
     created_by       {tool: version}
     source           {name, revision or null, files: {name: sha256}} of the checkpoint
     architecture     ModelSpec as JSON
@@ -12,23 +12,31 @@ Version 2, as written by ``mmr5-export``; every key is required::
     template         {name, sha256} of the prompt template
     pixel_budget     {min_pixels, max_pixels}
     image            {mean: [3], std: [3], patch_size, merge_size, temporal_patch_size}
-    files            {name: {sha256, size in bytes}} of every other file in the folder
+    files            {name: {sha256, size in bytes}} of every other file in the folder; a name may
+                     be a path below it, with "/" between its parts
     tensors          {stored tensor: safetensors file}
+    backends         {backend: {files: [names], verified: text, ... facts of its own}} of what was
+                     added for other engines than the native one
     report           object: what was measured at export; sqnr_db in it is {linear: decibels, or
                       null when nothing was lost}
+
+Version 2 lacks ``backends`` and is read as one without any.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mmr5_kernels.layout import Format
 from mmr5_runtime.spec import ModelSpec
 from mmr5_runtime.types import EngineError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+_READ = (2, 3)
+# For people; what an engine computes does not depend on them, and they tell of every backend.
+_DESCRIPTIONS = ("README.md", "report.json")
 
 
 @dataclass(frozen=True)
@@ -127,6 +135,34 @@ class ImageSettings:
 
 
 @dataclass(frozen=True)
+class Backend:
+    """What was added to an engine folder so that another engine can run the same model.
+
+    ``files`` are names among those of the manifest, ``verified`` says exactly what was run of them,
+    ``facts`` is anything else that JSON can hold, by key.
+    """
+
+    files: tuple[str, ...]
+    verified: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Facts and all in one object; :meth:`from_json` reads it back."""
+        return {"files": list(self.files), "verified": self.verified, **self.facts}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Backend:
+        """Raises ``KeyError``, ``TypeError`` or ``ValueError`` for anything else."""
+        facts = dict(data.items())
+        files, verified = facts.pop("files"), facts.pop("verified")
+        if not isinstance(files, list) or not isinstance(verified, str):
+            raise ValueError("a backend has no list of files, or does not say what was verified")
+        if not all(isinstance(name, str) for name in files):
+            raise ValueError("the name of a file is not text")
+        return cls(tuple(files), verified, facts)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """One engine folder; see the module's text for the keys."""
 
@@ -140,6 +176,17 @@ class Manifest:
     files: Mapping[str, FileEntry]
     tensors: Mapping[str, str]
     report: Mapping[str, Any]
+    backends: Mapping[str, Backend] = field(default_factory=dict)
+
+    @property
+    def native_files(self) -> dict[str, FileEntry]:
+        """The files that the native engine runs on: not those of a backend, nor the report."""
+        added = {name for backend in self.backends.values() for name in backend.files}
+        return {
+            name: entry
+            for name, entry in self.files.items()
+            if name not in added and name not in _DESCRIPTIONS
+        }
 
     @property
     def formats(self) -> Mapping[str, Format]:
@@ -179,6 +226,7 @@ class Manifest:
             "image": asdict(self.image),
             "files": {name: asdict(entry) for name, entry in self.files.items()},
             "tensors": dict(self.tensors),
+            "backends": {name: backend.to_json() for name, backend in self.backends.items()},
             "report": dict(self.report),
         }
 
@@ -205,7 +253,9 @@ class Manifest:
                 files={name: FileEntry(**entry) for name, entry in data["files"].items()},
                 tensors=_strings(data["tensors"]),
                 report=dict(data["report"].items()),
+                backends=_backends(data),
             )
+            _check_names(manifest)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
             raise EngineError(
@@ -227,10 +277,42 @@ def _check_schema(data: Any, where: str) -> None:
         raise EngineError(
             f"{where} was made by an older mmr5-runtime; export the engine again with this version."
         )
-    if version != SCHEMA_VERSION:
+    if version not in _READ:
         raise EngineError(
             f"{where} has the unknown schema version {version!r}; export the engine again."
         )
+
+
+def is_inside(name: str) -> bool:
+    """Whether a file's name is a plain relative path that stays in the folder on every system.
+
+    Its parts are separated by "/"; there is no backslash, colon, empty, ``.`` or ``..`` part.
+    """
+    parts = name.split("/")
+    if any(character in name for character in ("\\", ":", "\0")):
+        return False
+    return all(part not in ("", ".", "..") for part in parts)
+
+
+def _backends(data: Mapping[str, Any]) -> dict[str, Backend]:
+    if data["schema_version"] == 2:
+        return {}
+    return {name: Backend.from_json(entry) for name, entry in data["backends"].items()}
+
+
+def _check_names(manifest: Manifest) -> None:
+    """Raises ``ValueError`` for a file outside the folder, and for a backend's that is not there.
+
+    The native engine must not read a file of a backend: it has to stay what it is without it.
+    """
+    for name in manifest.files:
+        if not is_inside(name):
+            raise ValueError(f"it lists the file {name!r} outside its folder")
+    for backend, added in manifest.backends.items():
+        if unlisted := sorted(set(added.files) - set(manifest.files)):
+            raise ValueError(f"the backend {backend} lacks its file {unlisted[0]!r}")
+        if shared := sorted(set(added.files) & set(manifest.tensors.values())):
+            raise ValueError(f"{shared[0]!r} of the backend {backend} holds tensors of the engine")
 
 
 def _require_whole(**fields: object) -> None:

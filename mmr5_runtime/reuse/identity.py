@@ -27,18 +27,19 @@ def engine_identity(
 ) -> bytes:
     """SHA-256 (32 bytes) of all that decides the bits of page embeddings and KV but their input.
 
-    That is the engine (hashes of its files, architecture, storage of every linear, image settings),
-    the arithmetic (compute dtype, device, its library versions and switches, the number of CPU
-    threads: a sum that is split otherwise rounds otherwise) and the code (versions of this package,
-    of Pillow and NumPy, which resize pages). ``compute`` says which kernels run and how prompts and
-    keys and values are kept (``Compute.to_json``). Call it after these were set.
+    That is the engine (hashes of its own files, which are not those of its report or of another
+    backend, architecture, storage of every linear, image settings), the arithmetic (compute dtype,
+    device, its library versions and switches, the number of CPU threads: a sum that is split
+    otherwise rounds otherwise) and the code (versions of this package, of Pillow and NumPy, which
+    resize pages). ``compute`` says which kernels run and how prompts and keys and values are kept
+    (``Compute.to_json``). Call it after these were set.
 
     It takes the manifest's word for the files: ``verify_hashes`` of the artifact module checks it.
     """
     return digest(
         {
             "schema": CACHE_SCHEMA,
-            "files": {name: entry.sha256 for name, entry in manifest.files.items()},
+            "files": {name: entry.sha256 for name, entry in manifest.native_files.items()},
             "tensors": dict(manifest.tensors),
             "architecture": manifest.spec.to_json(),
             "quant": manifest.quant.to_json(),

@@ -132,7 +132,7 @@ def test_an_unknown_schema(engine: Path, version: object) -> None:
 
 
 def test_a_newer_schema(engine: Path) -> None:
-    change_manifest(engine, lambda data: data.update(schema_version=3))
+    change_manifest(engine, lambda data: data.update(schema_version=4))
     assert "made by a newer mmr5-runtime" in refusal(engine)
     assert "upgrade mmr5-runtime or export" in refusal(engine)
 
@@ -201,7 +201,7 @@ def test_an_altered_file_of_the_same_size(engine: Path) -> None:
 def test_a_file_outside_the_folder(engine: Path) -> None:
     entry = {"sha256": "0", "size": 1}
     change_manifest(engine, lambda data: data["files"].update({"../secret": entry}))
-    assert "outside itself" in refusal(engine)
+    assert "outside its folder" in refusal(engine)
 
 
 def test_tensors_in_a_file_that_is_not_listed(engine: Path) -> None:
