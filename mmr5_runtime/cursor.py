@@ -111,8 +111,7 @@ class Cursor:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits [V] after the last of the hidden states [T, hidden]."""
-        out: Tensor = self._model.decoder.logits(hidden[-1:])[0]
-        return out
+        return self._model.logits(hidden[-1:])[0]
 
     @torch.inference_mode()
     def step(self, token_ids: Sequence[int] | Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mmr5_runtime.backbone import Backbone
 from mmr5_runtime.compute import Compute
 from mmr5_runtime.exhaustion import memory_errors, page_shortage
 from mmr5_runtime.finite import not_finite
@@ -29,7 +30,9 @@ class Engine:
     Decode steps run on one thread and one stream at a time: recorded ones share their memory.
     """
 
-    def __init__(self, model: Model, device: torch.device, compute: Compute | None = None) -> None:
+    def __init__(
+        self, model: Backbone, device: torch.device, compute: Compute | None = None
+    ) -> None:
         """``compute`` is what the model was built for; plain torch unless given.
 
         Raises :class:`EngineError` when the kernels of a fused step do not serve this model.
@@ -39,10 +42,12 @@ class Engine:
         self.device = device
         self.compute = compute or Compute.plain(device, model.dtype)
         self._stepper: Stepper | None = None
-        if self.compute.fused_steps:
+        if self.compute.fused_steps and isinstance(model, Model):
             self._stepper = make_stepper(model, self.compute)
         # Whether a row of a step has the same bits in any company: of a draft, of other sequences.
         self.independent_rows = self._stepper is not None and self._stepper.independent
+        # The same of a whole sequence, whatever the company of its rows inside it.
+        self.independent_sequences = self.independent_rows or model.independent_sequences
 
     @torch.inference_mode()
     def encode_page(self, pixel_values: Tensor, grid: Grid) -> Tensor:
@@ -54,8 +59,7 @@ class Engine:
             page_shortage, self.spec.vision, self.model.dtype, len(pixel_values), self.device
         )
         with memory_errors(self.device, shortage), self.model.here():
-            embeddings: Tensor = self.model.visual(pixel_values.to(self.device), grid)
-        return embeddings
+            return self.model.encode_page(pixel_values, grid)
 
     @torch.inference_mode()
     def step(self, token_ids: Tensor, positions: Tensor, arenas: Sequence[KVArena]) -> Tensor:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mmr5_runtime.capacity import KVFormat, Need, gib, vision_bytes
+from mmr5_runtime.capacity import Need, gib, vision_bytes
 from mmr5_runtime.planning import most_pages
 from mmr5_runtime.spec import VisionSpec
 from mmr5_runtime.types import OutOfMemoryError
@@ -23,7 +23,13 @@ if TYPE_CHECKING:
     from mmr5_runtime.request import Request
 
 # How other allocators say it: the CPU's, page-locked memory, CUDA itself, cuBLAS and cuDNN.
-_SIGNS = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
+_SIGNS = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "failed to allocate memory",  # ONNX Runtime
+    "alloc_failed",
+)
 
 
 def is_exhaustion(error: BaseException) -> bool:
@@ -87,17 +93,19 @@ def within_memory(request: Request) -> AbstractContextManager[None]:
             page_tokens=largest[0],
             other_tokens=prompt - sum(largest) + reply,
         )
-        return prompt_shortage(need, device, free, model.spec.vision.factor, model.kv)
+        halved = model.kv == "int8" or loaded.backend != "native"
+        return prompt_shortage(need, device, free, model.spec.vision.factor, not halved)
 
     return memory_errors(device, explain)
 
 
 def prompt_shortage(
-    need: Need, device: torch.device, free: int | None, factor: int, kv: KVFormat
+    need: Need, device: torch.device, free: int | None, factor: int, can_halve_kv: bool
 ) -> str:
     """What a prompt asked for, what is free and what would fit, in one sentence.
 
-    ``factor`` is the side of one merged token in pixels.
+    ``factor`` is the side of one merged token in pixels; ``can_halve_kv`` says whether 8-bit keys
+    and values are still to be had.
     """
     asked = (
         f"{device} ran out of memory: a prompt over {need.pages} pages of up to {need.page_tokens} "
@@ -116,7 +124,7 @@ def prompt_shortage(
             remedies.append(f"pass {fitting} pages at a time (window={fitting})")
         if smaller := min(need.page_tokens_within(free), need.page_tokens - 1):
             remedies.append(f"max_pixels={smaller * factor**2}")
-    if kv != "int8":
+    if can_halve_kv:
         remedies.append("load with kv='int8'")
     if not remedies:
         remedies.append("free memory that other programs hold")

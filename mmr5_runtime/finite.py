@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, silu
 
+from mmr5_runtime.backbone import Backbone
 from mmr5_runtime.decoder import DecoderLayer
 from mmr5_runtime.kvcache import KVArena
 from mmr5_runtime.model import Model, attend_one
@@ -25,13 +26,16 @@ _REMEDY = (
 
 
 @torch.no_grad()
-def not_finite(model: Model, token_id: int, position: int, arena: KVArena) -> EngineError:
+def not_finite(model: Backbone, token_id: int, position: int, arena: KVArena) -> EngineError:
     """The error for logits that hold NaN or infinity, naming the first part that made them.
 
     ``token_id`` at ``position`` is the token that was read last, and the last in ``arena``.
     """
-    place = first_not_finite(model, token_id, position, arena)
-    where = f"first in {place}" if place else "but not when that token was run again"
+    if isinstance(model, Model):
+        place = first_not_finite(model, token_id, position, arena)
+        where = f"first in {place}" if place else "but not when that token was run again"
+    else:
+        where = f"first in {_in_arena(arena)}"
     return EngineError(f"the logits are not finite, {where}; {_REMEDY}.")
 
 
@@ -60,6 +64,16 @@ def first_not_finite(model: Model, token_id: int, position: int, arena: KVArena)
     if not _finite(decoder.norm(x)):
         return "the final norm"
     return None if _finite(decoder.logits(x)) else "lm_head"
+
+
+def _in_arena(arena: KVArena) -> str:
+    """What the keys and values tell, of a model whose parts cannot be run one by one."""
+    last = arena.length
+    for index, (k, v) in enumerate(zip(arena.k, arena.v, strict=True)):
+        if not (_finite(k[:, :last]) and _finite(v[:, :last])):
+            before = f"layer {index - 1}" if index else "the embeddings"
+            return f"{before}, or the keys and values of layer {index}"
+    return "the last layer, the final norm or lm_head"
 
 
 def _in_layer(

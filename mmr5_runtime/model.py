@@ -20,13 +20,15 @@ from torch.nn.functional import embedding
 from mmr5_kernels.layout import Format
 from mmr5_kernels.target import Target
 from mmr5_runtime.attention import causal_attention
+from mmr5_runtime.backbone import Backbone
 from mmr5_runtime.capacity import KVFormat
 from mmr5_runtime.compute import Prefill
-from mmr5_runtime.decoder import Decoder, here
+from mmr5_runtime.decoder import Attend, Decoder, here
 from mmr5_runtime.kvcache import KVArena
+from mmr5_runtime.rope import Grid
 from mmr5_runtime.spec import ModelSpec
 from mmr5_runtime.transfer import upload
-from mmr5_runtime.types import RequestError
+from mmr5_runtime.types import EngineError, RequestError
 from mmr5_runtime.vision import VisionTower
 from mmr5_runtime.weights import Weights
 
@@ -35,7 +37,7 @@ MAX_DECODE_TOKENS = 8
 
 
 class Model(nn.Module):
-    """Qwen2.5-VL for still pages: ``visual`` and ``decoder``. It keeps nothing of a request.
+    """Qwen2.5-VL for still pages in PyTorch: ``visual`` and ``decoder``; a ``Backbone``.
 
     ``kv`` says how the arenas it makes keep keys and values: in the compute dtype, or in 8 bits.
     """
@@ -80,17 +82,63 @@ class Model(nn.Module):
     def device(self) -> torch.device:
         return self.decoder.embed_tokens.device
 
+    @property
+    def step_bytes(self) -> int:
+        return self.decoder.step_bytes
+
+    @property
+    def independent_sequences(self) -> bool:
+        """Linears run over the rows of all sequences at once, and order sums by their number."""
+        return False
+
     def here(self) -> AbstractContextManager[object]:
-        """Makes the model's GPU the current one, on which kernels are launched."""
         return here(self.device)
 
     def new_arena(self, capacity: int) -> KVArena:
-        """An empty KV arena for one sequence of at most ``capacity`` tokens."""
         return KVArena(self.spec.text, capacity, self.dtype, self.device, self.kv)
+
+    def encode_page(self, pixel_values: Tensor, grid: Grid) -> Tensor:
+        embeddings: Tensor = self.visual(pixel_values.to(self.device), grid)
+        return embeddings
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        return embedding(token_ids, self.decoder.embed_tokens)
+
+    def read(
+        self,
+        embeds: Tensor,
+        positions: Tensor,
+        arenas: Sequence[KVArena],
+        lengths: Sequence[int],
+    ) -> Tensor:
+        """Linears run once over all rows, attention per sequence."""
+        attend: Attend = partial(attend_one, arenas[0])
+        if len(arenas) > 1:
+            attend = partial(_attend_each, arenas, lengths)
+        hidden: Tensor = self.decoder(embeds, positions, attend)
+        for arena, tokens in zip(arenas, lengths, strict=True):
+            arena.commit(tokens)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.decoder.logits(hidden)
+
+
+def native_model(model: Backbone) -> Model:
+    """``model`` as the native one, whose layers can be run one by one.
+
+    Raises :class:`EngineError` for one that is computed elsewhere.
+    """
+    if not isinstance(model, Model):
+        raise EngineError(
+            f"this needs the layers of the model one by one, and {type(model).__name__} runs them "
+            "as a whole; load the engine with backend='native'."
+        )
+    return model
 
 
 @torch.no_grad()
-def embed_prompt(model: Model, token_ids: Tensor, image_embeds: Sequence[Tensor]) -> Tensor:
+def embed_prompt(model: Backbone, token_ids: Tensor, image_embeds: Sequence[Tensor]) -> Tensor:
     """Embeddings of a prompt, with the pages' embeddings in place of their image tokens.
 
     ``token_ids`` [T] int64; ``image_embeds`` one [tokens of the page, hidden] per page, in order.
@@ -104,7 +152,7 @@ def embed_prompt(model: Model, token_ids: Tensor, image_embeds: Sequence[Tensor]
             "that belongs to this checkpoint."
         )
     ids = token_ids.to(model.device)
-    embeds = embedding(ids, model.decoder.embed_tokens)
+    embeds = model.embed(ids)
     places = (ids == model.spec.image_token_id).nonzero().flatten()
     found = sum(len(page) for page in image_embeds)
     if found != len(places):
@@ -118,11 +166,11 @@ def embed_prompt(model: Model, token_ids: Tensor, image_embeds: Sequence[Tensor]
 
 
 @torch.no_grad()
-def read_tokens(model: Model, embeds: Tensor, positions: Tensor, arena: KVArena) -> Tensor:
+def read_tokens(model: Backbone, embeds: Tensor, positions: Tensor, arena: KVArena) -> Tensor:
     """Reads T tokens into ``arena``, behind the S it already holds, and predicts nothing.
 
     embeds [T, hidden] in the compute dtype; positions [3, T] int64. Returns the last layer's hidden
-    states [T, hidden], which :meth:`Decoder.logits` turns into predictions; the segments of a
+    states [T, hidden], which ``model.logits`` turns into predictions; the segments of a
     prompt before its last need none. Raises as :func:`prefill`.
     """
     tokens = embeds.shape[0]
@@ -133,15 +181,12 @@ def read_tokens(model: Model, embeds: Tensor, positions: Tensor, arena: KVArena)
         )
     arena.require(tokens)
     with model.here():
-        attend = partial(attend_one, arena)
-        hidden: Tensor = model.decoder(embeds, positions.to(model.device), attend)
-    arena.commit(tokens)
-    return hidden
+        return model.read(embeds, positions.to(model.device), [arena], [tokens])
 
 
 @torch.no_grad()
 def prefill(
-    model: Model, embeds: Tensor, positions: Tensor, arena: KVArena, all_logits: bool = False
+    model: Backbone, embeds: Tensor, positions: Tensor, arena: KVArena, all_logits: bool = False
 ) -> Tensor:
     """:func:`read_tokens`, and the fp32 logits of the last token [V], or of all [T, V].
 
@@ -151,7 +196,7 @@ def prefill(
     then unchanged.
     """
     hidden = read_tokens(model, embeds, positions, arena)
-    logits = model.decoder.logits(hidden if all_logits else hidden[-1:])
+    logits = model.logits(hidden if all_logits else hidden[-1:])
     return logits if all_logits else logits[0]
 
 
@@ -160,63 +205,60 @@ def attend_one(arena: KVArena, layer: int, q: Tensor, k: Tensor, v: Tensor) -> T
     return causal_attention(q, *arena.append(layer, k.transpose(0, 1), v.transpose(0, 1)))
 
 
+def _attend_each(
+    arenas: Sequence[KVArena],
+    lengths: Sequence[int],
+    layer: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+) -> Tensor:
+    """:func:`attend_one` for the rows of every sequence."""
+    sequences = zip(arenas, *(rows.split(list(lengths)) for rows in (q, k, v)), strict=True)
+    return torch.cat([attend_one(arena, layer, *qkv) for arena, *qkv in sequences])
+
+
 @torch.no_grad()
 def read_together(
-    model: Model,
+    model: Backbone,
     embeds: Sequence[Tensor],
     positions: Sequence[Tensor],
     arenas: Sequence[KVArena],
 ) -> Tensor:
     """:func:`prefill` of B different sequences at once; fp32 logits [B, V] of their last tokens.
 
-    Each embeds [T_i, hidden], positions [3, T_i]. Linears run once over all rows, attention per
-    sequence, so the last bits of a sequence's numbers depend on its company. Raises
-    :class:`ContextOverflowError` when one arena is full; no arena is changed then.
+    Each embeds [T_i, hidden], positions [3, T_i]. Where linears run once over all rows
+    (``independent_sequences`` is false) the last bits of a sequence's numbers depend on its
+    company. Raises :class:`ContextOverflowError` when one arena is full; no arena is changed then.
     """
     lengths = [len(part) for part in embeds]
     for arena, tokens in zip(arenas, lengths, strict=True):
         arena.require(tokens)
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        sequences = zip(arenas, *(rows.split(lengths) for rows in (q, k, v)), strict=True)
-        return torch.cat([attend_one(arena, layer, *qkv) for arena, *qkv in sequences])
-
     rotary = torch.cat(list(positions), dim=1).to(model.device)
     with model.here():
-        hidden = model.decoder(torch.cat(list(embeds)), rotary, attend)
-    for arena, tokens in zip(arenas, lengths, strict=True):
-        arena.commit(tokens)
+        hidden = model.read(torch.cat(list(embeds)), rotary, arenas, lengths)
     last = torch.tensor(lengths).cumsum(0) - 1
-    logits: Tensor = model.decoder.logits(hidden[last.to(model.device)])
-    return logits
+    return model.logits(hidden[last.to(model.device)])
 
 
 @torch.no_grad()
 def decode_step(
-    model: Model, token_ids: Tensor, positions: Tensor, arenas: Sequence[KVArena]
+    model: Backbone, token_ids: Tensor, positions: Tensor, arenas: Sequence[KVArena]
 ) -> Tensor:
     """Adds T tokens to each of B sequences of any lengths; 1 <= B <= 8, 1 <= T <= 8.
 
     token_ids [B, T] int64; positions [B, T] int64, the rotary position of a text token (the same on
-    all three axes); ``arenas`` one per sequence. Linears run once over all B x T rows, attention
-    per sequence. Returns logits [B, T, V] fp32. Raises :class:`RequestError` on other sizes and
-    :class:`ContextOverflowError` when one arena is full; no arena is changed then.
+    all three axes); ``arenas`` one per sequence. Returns logits [B, T, V] fp32.
+    Raises :class:`RequestError` on other sizes and :class:`ContextOverflowError` when one arena is
+    full; no arena is changed then.
     """
     batch, tokens = decode_shape(token_ids, positions, arenas)
     for arena in arenas:
         arena.require(tokens)
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        sequences = zip(arenas, *(rows.split(tokens) for rows in (q, k, v)), strict=True)
-        return torch.cat([attend_one(arena, layer, *qkv) for arena, *qkv in sequences])
-
-    ids = upload(token_ids, model.device)
-    embeds = embedding(ids.flatten(), model.decoder.embed_tokens)
+    embeds = model.embed(upload(token_ids, model.device).flatten())
     rotary = upload(positions, model.device).flatten().expand(3, -1)
-    logits = model.decoder.logits(model.decoder(embeds, rotary, attend))
-    for arena in arenas:
-        arena.commit(tokens)
-    return logits.view(batch, tokens, -1)
+    hidden = model.read(embeds, rotary, arenas, [tokens] * batch)
+    return model.logits(hidden).view(batch, tokens, -1)
 
 
 def decode_shape(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mmr5_runtime.cursor import Cursor
+from mmr5_runtime.model import native_model
 from mmr5_runtime.reading import Prompt
 from mmr5_runtime.request import Request
 from mmr5_runtime.reuse.chain import page_key, root_key, text_key
@@ -36,7 +37,7 @@ def read_relocated_prompt(
     with request.timings.span("prefill"):
         cursor.read(prompt.segments.head)
         done = read_relocated(
-            request.loaded.engine.model,
+            native_model(request.loaded.engine.model),
             cursor.arena,
             cursor.position,
             segments,
@@ -58,7 +59,7 @@ def _captured(request: Request, prompt: Prompt) -> list[RelocatablePage] | None:
 
     None when time was over before the last one.
     """
-    store, model = request.memory.relocatable, request.loaded.engine.model
+    store, model = request.memory.relocatable, native_model(request.loaded.engine.model)
     free = [
         request.tokenizer.segments(CONTENT_FREE_QUESTION, [_image_tokens(request, ids)])
         for ids in prompt.segments.pages

@@ -130,6 +130,11 @@ def open_request(
     deadline = Deadline(options.deadline_ms)
     timings, counts = Timings(loaded.engine.device), UseCounts()
     check_query(query)
+    if options.image_kv == "relocate" and loaded.backend != "native":
+        raise RequestError(
+            "image_kv='relocate' runs parts of the model that only the native engine has; load the "
+            "engine with backend='native', or leave image_kv out."
+        )
     budget = loaded.budget.replaced(options.min_pixels, options.max_pixels)
     params = SamplingParams.from_generation_config(
         loaded.generation_config, temperature=options.temperature, seed=options.seed

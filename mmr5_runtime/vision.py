@@ -147,7 +147,7 @@ class VisionTower(nn.Module):
         Returns [P / merge^2, out_hidden] in raster order, compute dtype, on the model's device.
         """
         spec, weight = self.spec, self.merger_norm.weight
-        self._check(pixel_values, grid)
+        check_page(pixel_values, grid, spec)
         plan = plan_windows(grid, spec)
         order = plan.order.to(weight.device)
 
@@ -173,13 +173,15 @@ class VisionTower(nn.Module):
         table = plan.table.to(self.merger_norm.weight.device)
         return partial(rotary_window_attention, windows=table, longest=plan.longest)
 
-    def _check(self, pixel_values: Tensor, grid: Grid) -> None:
-        frames, h, w = grid
-        merge = self.spec.spatial_merge_size
-        fits = frames == 1 and h > 0 and w > 0 and h % merge == 0 and w % merge == 0
-        if not fits or tuple(pixel_values.shape) != (h * w, self.spec.patch_dim):
-            raise RequestError(
-                f"pixel values {list(pixel_values.shape)} do not belong to a page of grid "
-                f"{tuple(grid)}; expected (1, h, w) with h and w multiples of {merge} and h x w "
-                f"patches of {self.spec.patch_dim} values."
-            )
+
+def check_page(pixel_values: Tensor, grid: Grid, spec: VisionSpec) -> None:
+    """Raises :class:`RequestError` unless the patches are those of a page of ``grid``."""
+    frames, h, w = grid
+    merge = spec.spatial_merge_size
+    fits = frames == 1 and h > 0 and w > 0 and h % merge == 0 and w % merge == 0
+    if not fits or tuple(pixel_values.shape) != (h * w, spec.patch_dim):
+        raise RequestError(
+            f"pixel values {list(pixel_values.shape)} do not belong to a page of grid "
+            f"{tuple(grid)}; expected (1, h, w) with h and w multiples of {merge} and h x w "
+            f"patches of {spec.patch_dim} values."
+        )

@@ -137,7 +137,7 @@ class WindowRun:
         if answer.replayed < len(answer.steps):
             request.memory.history.add(answer.tokens)
         with request.timings.span("parse"):
-            outcome = _outcome(answer, text, self._count, self._options)
+            outcome = outcome_of(answer, text, self._count, self._options)
             if company or self._options.draft:
                 outcome.exactness.append(_with_other_rows(request.loaded))
         outcome.tokens_saved = _saved(answer, outcome.order, language)
@@ -148,7 +148,7 @@ class WindowRun:
     def _had_company(self) -> bool:
         """Whether steps of the last answer were run with those of others, and it shows."""
         seat = self._request.seat
-        independent = self._request.loaded.engine.independent_rows
+        independent = self._request.loaded.engine.independent_sequences
         return seat is not None and seat.shared and not independent
 
     def _stream(self, decoding: Decoding) -> Generator[ReasoningDelta, None, str]:
@@ -185,7 +185,8 @@ def _replayable(options: RerankOptions, params: SamplingParams) -> str | None:
     return f"constrain={options.constrain} draft={options.draft} penalty={penalty}"
 
 
-def _outcome(answer: Answer, text: str, count: int, options: RerankOptions) -> Outcome:
+def outcome_of(answer: Answer, text: str, count: int, options: RerankOptions) -> Outcome:
+    """What ``answer``, decoded as ``text``, says about ``count`` pages."""
     order, status = _order(answer, text, count, options.top_k)
     return Outcome(
         order=order,

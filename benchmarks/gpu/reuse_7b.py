@@ -31,7 +31,7 @@ from mmr5_bench.runbook.steps import EARLY
 from mmr5_runtime.cursor import Cursor
 from mmr5_runtime.deadline import Deadline
 from mmr5_runtime.engine import Engine
-from mmr5_runtime.model import MAX_DECODE_TOKENS, Model
+from mmr5_runtime.model import MAX_DECODE_TOKENS, Model, native_model
 from mmr5_runtime.prompt import Segments
 from mmr5_runtime.reading import Prompt, PromptPage, UseCounts, read_prompt
 from mmr5_runtime.reuse.config import CacheConfig
@@ -240,7 +240,7 @@ def _relocate(
     grid: Grid,
     seen: Callable[[int], Tensor],
 ) -> Iterator[None]:
-    model, empty = bench.engine.model, cursor.mark
+    model, empty = native_model(bench.engine.model), cursor.mark
     store = RelocatableStore(KEPT_BYTES, bench.device)
     wanted = [PageSegment(ids, seen(i), grid) for i, ids in enumerate(segments.pages)]
 

@@ -161,14 +161,14 @@ def test_the_command_line_says_it_in_one_line(
 
 def test_what_would_fit_is_named() -> None:
     need = Need.of(BIG, torch.bfloat16, "bf16", pages=20, page_tokens=1280, other_tokens=2000)
-    message = prompt_shortage(need, GPU, GIB, BIG.vision.factor, "bf16")
+    message = prompt_shortage(need, GPU, GIB, BIG.vision.factor, True)
     fitting = need.pages_within(GIB)
     assert 0 < fitting < 20 and f"window={fitting}" in message
     pixels = need.page_tokens_within(GIB) * 28 * 28
     assert f"max_pixels={pixels}" in message and "kv='int8'" in message
     assert "cuda:0" in message and "20 pages of up to 1280 tokens" in message
     assert "1.00 GiB is free" in message
-    nothing = prompt_shortage(need, GPU, 0, BIG.vision.factor, "int8")
+    nothing = prompt_shortage(need, GPU, 0, BIG.vision.factor, False)
     assert nothing.endswith("; free memory that other programs hold.")
 
 
@@ -192,7 +192,7 @@ def test_main_memory_is_named_where_the_device_has_enough() -> None:
     need = Need.of(BIG, torch.bfloat16, "bf16", pages=2, page_tokens=1280, other_tokens=2000)
     enough = need.total
     messages = [
-        prompt_shortage(need, GPU, enough, BIG.vision.factor, "bf16"),
+        prompt_shortage(need, GPU, enough, BIG.vision.factor, True),
         page_shortage(BIG.vision, torch.bfloat16, 4 * 1280, GPU, enough),
         weights_shortage(GIB, GPU, GIB),
     ]
@@ -200,7 +200,7 @@ def test_main_memory_is_named_where_the_device_has_enough() -> None:
         assert message.startswith("main memory probably ran out: ")
         assert "lower embeddings_gib and kv_gib" in message and "cuda:0 ran" not in message
     assert messages[0].count("iB is free on cuda:0") == 1
-    assert "main memory" not in prompt_shortage(need, GPU, enough - 1, BIG.vision.factor, "bf16")
+    assert "main memory" not in prompt_shortage(need, GPU, enough - 1, BIG.vision.factor, True)
 
 
 def no_host_memory(*_: object, **__: object) -> Any:

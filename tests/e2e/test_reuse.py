@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from helpers.pictures import noise
 from helpers.reading import (
@@ -28,12 +24,10 @@ from mmr5_runtime import (
     Reranker,
     RerankResult,
 )
-from mmr5_runtime.engine import Engine
 from mmr5_runtime.pages import Page
-from mmr5_runtime.reuse.relocate import RelocatedRead, read_relocated
-from mmr5_runtime.types import EngineError
 
 EngineFactory = Callable[[str], Path]
+BACKENDS = ("native", "onnxruntime")
 SHORT: dict[str, Any] = {"max_new_tokens": 12}
 
 
@@ -95,7 +89,6 @@ def test_answers_are_replayed_only_where_every_token_would_be_the_same(fresh: Fr
         ({"think": "off"}, 0),
         ({"think": 5}, 0),
         ({"layout": "images_first"}, 0),
-        ({"image_kv": "relocate"}, 0),
     ]
     for options, replayed in cases:
         result = reranker.rerank(QUESTION, pages, **{**SHORT, **options})
@@ -226,64 +219,6 @@ def test_forgetting_in_the_middle_of_a_stream(fresh: Fresh) -> None:
     assert same_answer(other, fresh(CacheConfig.off()).rerank("Who signed?", pages, **SHORT))
 
 
-# Relocated pages.
-
-
-def test_relocated_pages_stay_out_of_exact_answers(fresh: Fresh) -> None:
-    reranker, pages = fresh(), png_pages(4)
-    exact = fresh(CacheConfig.off()).rerank(QUESTION, pages, **SHORT)
-    moved: dict[str, Any] = {"image_kv": "relocate", "recompute": 0.0}
-    first = reranker.rerank(QUESTION, pages, **SHORT, **moved)
-    assert first.exactness == "approximate" and first.cache.tokens_relocated == 0
-    assert reranker.cache.stats().segments.entries == 0
-    assert reranker.cache.stats().relocatable.entries == 4
-    after = reranker.rerank(QUESTION, pages, **SHORT)
-    assert same_answer(after, exact) and after.exactness == "bit_identical"
-    assert after.cache.segments_remembered == 0 and after.cache.replayed_tokens == 0
-    misses = reranker.cache.stats().relocatable.misses
-    again = reranker.rerank(QUESTION, pages[::-1], **SHORT, **moved)
-    assert again.exactness == "approximate" and again.cache.replayed_tokens == 0
-    stats = reranker.cache.stats().relocatable
-    assert (stats.entries, stats.misses) == (4, misses)
-
-
-def test_logits_behind_relocated_pages_that_are_no_numbers(
-    fresh: Fresh, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The token that is run again is the prompt's last, wherever it was read."""
-    asked: list[int] = []
-
-    def damaged(*args: Any) -> RelocatedRead:
-        read = read_relocated(*args)
-        return dataclasses.replace(read, logits=read.logits + math.nan)
-
-    def not_finite(engine: Engine, token_id: int, *_: object) -> EngineError:
-        asked.append(token_id)
-        return EngineError("the logits are not finite")
-
-    monkeypatch.setattr("mmr5_runtime.relocation.read_relocated", damaged)
-    monkeypatch.setattr(Engine, "not_finite", not_finite)
-    reranker = fresh()
-    with pytest.raises(EngineError, match="not finite"):
-        reranker.rerank(QUESTION, png_pages(2), image_kv="relocate", **SHORT)
-    segments = reranker._require_loaded().prompts("reference").segments(QUESTION, [4, 4])
-    assert asked == [segments.tail[-1]] != [segments.head[-1]]
-
-
-def test_relocation_moves_what_is_not_recomputed(tiny_engine: EngineFactory) -> None:
-    pages = [noise(280, 280, number) for number in range(3)]  # 100 tokens each
-    with Reranker.load(tiny_engine("int4"), "cpu") as reranker:
-        exact = reranker.rerank(QUESTION, pages, **SHORT)
-        reranker.rerank(QUESTION, pages, **SHORT, image_kv="relocate")  # captures the pages
-        for share, moved in ((0.0, 3 * 68), (0.5, 3 * 34), (1.0, 0)):
-            result = reranker.rerank(QUESTION, pages, **SHORT, image_kv="relocate", recompute=share)
-            cache = result.cache
-            assert cache.tokens_relocated == moved
-            assert cache.tokens_read + moved == result.usage.prompt_tokens
-            assert cache.pages_encoded == 0
-        assert result.text == exact.text  # everything was computed again
-
-
 # More of the same answer, on a model that gives one.
 
 
@@ -312,7 +247,7 @@ def test_more_results_go_on_where_the_answer_stopped(mini_int4: Path) -> None:
     assert [expected[k].order[0] for k in (1, 3)] == [expected[None].order[0]] * 2
 
 
-def test_a_replayed_draft_is_labelled_as_one(mini_int4: Path) -> None:
+def test_a_replayed_draft_is_labelled_as_one(mini_int4: Path, backend: str) -> None:
     [case] = held_out_cases(1, 3, seed=4)
     pages = [render_page(p.topic, p.kind, p.seed) for p in case.pages]
     with Reranker.load(mini_int4, "cpu") as reranker:
@@ -320,4 +255,5 @@ def test_a_replayed_draft_is_labelled_as_one(mini_int4: Path) -> None:
     assert same_answer(*results)
     assert results[0].usage.accepted_tokens > 0 and results[1].usage.decode_steps == 0
     # These are the tokens that drafts were accepted into, whenever that was.
-    assert [result.exactness for result in results] == ["token_identical"] * 2
+    label = "token_identical" if backend == "native" else "approximate"
+    assert [result.exactness for result in results] == [label] * 2

@@ -20,7 +20,7 @@ from mmr5_runtime.engine import Engine
 from mmr5_runtime.kvcache import KVArena
 from mmr5_runtime.loading import LoadedEngine, load_engine
 from mmr5_runtime.memory import Memory
-from mmr5_runtime.model import embed_prompt, prefill
+from mmr5_runtime.model import embed_prompt, native_model, prefill
 from mmr5_runtime.pages import DEFAULT_MAX_IMAGE_PIXELS
 from mmr5_runtime.reuse.config import CacheConfig
 from mmr5_runtime.types import EngineError
@@ -107,7 +107,7 @@ def test_warming_up_leaves_no_trace(mini: Exported) -> None:
 def test_damaged_weights_are_named_in_a_request(mini: Exported) -> None:
     with Reranker.load(mini("bf16"), "cpu") as reranker:
         assert reranker._loaded is not None
-        layer = reranker._loaded.engine.model.decoder.layers[2]
+        layer = native_model(reranker._loaded.engine.model).decoder.layers[2]
         assert isinstance(layer, DecoderLayer)
         layer.mlp.down.prepared.operands["dense"]["weight"][3, 5] = float("nan")
         with pytest.raises(EngineError, match="not finite, first in layer 2, down_proj"):

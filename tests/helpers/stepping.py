@@ -15,7 +15,7 @@ from mmr5_runtime.capacity import KVFormat
 from mmr5_runtime.compute import Compute
 from mmr5_runtime.engine import Engine
 from mmr5_runtime.kvcache import KVArena
-from mmr5_runtime.model import Model, embed_prompt, prefill
+from mmr5_runtime.model import Model, embed_prompt, native_model, prefill
 from mmr5_runtime.spec import ModelSpec, TextSpec, VisionSpec, linear_shapes
 
 CPU = torch.device("cpu")
@@ -78,7 +78,9 @@ class Pair:
 
         plain = Target(device.type)
         self.plain = engine(model(plain), plain, False)
-        self.fused = engine(model(target) if linears else self.plain.model, target, graphs)
+        self.fused = engine(
+            model(target) if linears else native_model(self.plain.model), target, graphs
+        )
 
 
 def read(engine: Engine, tokens: int, seed: int = 0, room: int = 16) -> KVArena:

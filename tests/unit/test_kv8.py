@@ -18,6 +18,7 @@ from helpers.reading import forgetful, load, read, remember
 from mmr5_kernels.attention_reference import dequantize_kv, quantize_kv
 from mmr5_runtime.capacity import kv_bytes_per_token
 from mmr5_runtime.kvcache import KVArena
+from mmr5_runtime.model import native_model
 from mmr5_runtime.reuse.relocate import PageSegment, capture_pages
 from mmr5_runtime.spec import TextSpec
 from mmr5_runtime.types import ContextOverflowError, RequestError
@@ -188,7 +189,7 @@ def test_warm_is_cold_with_eight_bits(tiny_engine: Callable[[str], Path]) -> Non
 
 
 def test_pages_are_not_relocated_in_eight_bits(tiny_engine: Callable[[str], Path]) -> None:
-    model = load(tiny_engine("int4"), kv="int8").engine.model
+    model = native_model(load(tiny_engine("int4"), kv="int8").engine.model)
     page = PageSegment([1], torch.zeros(0, 8), (1, 4, 4))
     with pytest.raises(RequestError, match=r"stored as int8; load the engine with kv='bf16'"):
         list(capture_pages(model, [1, 2], [page]))

@@ -27,6 +27,7 @@ from mmr5_kernels.layout import unpack_int4
 from mmr5_kernels.reference import dequantize
 from mmr5_runtime import RerankResult
 from mmr5_runtime.image import DEFAULT_MAX_PIXELS, DEFAULT_MIN_PIXELS
+from mmr5_runtime.model import native_model
 from mmr5_runtime.prompt import template_sha256
 from mmr5_runtime.reuse.config import CacheConfig
 from mmr5_runtime.spec import decoder_linear_shapes, stored_tensors
@@ -122,7 +123,7 @@ def test_int4_codes_are_symmetric() -> None:
 @pytest.mark.parametrize("quant", ["bf16", "int4"])
 def test_end_tokens_never_win(quant: Quant) -> None:
     loaded = random_engine("tiny", quant, "cpu", "float32")
-    decoder, spec = loaded.engine.model.decoder, loaded.engine.spec
+    decoder, spec = native_model(loaded.engine.model).decoder, loaded.engine.spec
     with torch.no_grad():
         logits = decoder.logits(torch.randn(4, spec.text.hidden_size))
     assert torch.isfinite(logits).all() and 0.5 < float(logits.std()) < 2

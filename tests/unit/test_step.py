@@ -12,6 +12,7 @@ import torch
 from helpers.stepping import ONE_LAYER, SMALL, WIDE_7B, Pair, copy, random_ids, read, step
 from mmr5_runtime.capacity import KVFormat
 from mmr5_runtime.kvcache import KVArena
+from mmr5_runtime.model import native_model
 from mmr5_runtime.types import ContextOverflowError, RequestError
 
 BOUND = 2e-2  # relative error of logits: sums in another order, each rounded to bf16 along the way
@@ -123,8 +124,9 @@ def test_weights_go_with_the_engine(quant: str) -> None:
     """Not with the next collection of cycles: they are most of the memory."""
     engine = Pair(ONE_LAYER, quant, linears=False).fused
     step(engine, torch.tensor([[1]]), [read(engine, 5)])  # something is recorded
-    tensors = [engine.model.decoder.embed_tokens]
-    for module in engine.model.decoder.modules():
+    decoder = native_model(engine.model).decoder
+    tensors = [decoder.embed_tokens]
+    for module in decoder.modules():
         prepared = getattr(module, "prepared", None)
         if prepared is not None:
             tensors += [part for parts in prepared.operands.values() for part in parts.values()]
