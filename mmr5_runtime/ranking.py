@@ -13,6 +13,8 @@ from statistics import fmean
 from mmr5_runtime.agreement import kendall_tau
 from mmr5_runtime.lists.plans import Plan, Window
 from mmr5_runtime.request import Request
+from mmr5_runtime.trtllm.answering import BundleRun
+from mmr5_runtime.trtllm.model import BundleModel
 from mmr5_runtime.types import ReasoningDelta, Stability, Status, WindowResult
 from mmr5_runtime.window import Outcome, WindowRun
 
@@ -68,7 +70,7 @@ def run_window(
     if request.deadline.passed():
         outcome = Outcome.out_of_time(count)
     else:
-        run = WindowRun(request, window.pages, window.top)
+        run = _open(request, window)
         record.prompt_tokens += len(run.token_ids)
         record.image_tokens += sum(request.bank.planned[index].tokens for index in window.pages)
         if not run.read():
@@ -93,8 +95,14 @@ def run_window(
     return outcome.order
 
 
+def _open(request: Request, window: Window) -> WindowRun | BundleRun:
+    """One prompt, for whoever reads and answers it."""
+    kind = BundleRun if isinstance(request.loaded.engine.model, BundleModel) else WindowRun
+    return kind(request, window.pages, window.top)
+
+
 def _sample(
-    run: WindowRun, count: int, record: Record, late: Callable[[], bool]
+    run: WindowRun | BundleRun, count: int, record: Record, late: Callable[[], bool]
 ) -> Generator[ReasoningDelta, None, Outcome]:
     """Several answers to one prompt; the one nearest to their mean order speaks for them."""
     drawn = [_last(run.answer(0))]
