@@ -43,7 +43,7 @@ test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile
 
 demo: $(DEMO)
-	$(BIN)/mmr5-export --model mini --quant int4 --output $(MINI_ENGINE) --force
+	$(BIN)/mmr5-export --model mini --quant int4 --backend onnxruntime --output $(MINI_ENGINE) --force
 	$(BIN)/mmr5-rerank --engine $(MINI_ENGINE) "$$(cat $(SAMPLES)/question.txt)" $(SAMPLES)/*.png
 
 test-gpu: $(OWN_ENV)
@@ -98,5 +98,5 @@ $(DEV): $(INPUTS) | $(BIN)/python
 
 $(DEMO): $(INPUTS) | $(BIN)/python
 	$(PIP) torch==2.13.0
-	$(PIP) -e '.[export]'
+	$(PIP) -e '.[export,onnxruntime]'
 	@touch $@

@@ -13,6 +13,7 @@ from typing import Any, TextIO, cast, get_args
 
 import torch
 
+from mmr5_runtime.backends import BackendName
 from mmr5_runtime.capacity import KVFormat
 from mmr5_runtime.compute import Kernels, Prefill
 from mmr5_runtime.options import (
@@ -100,6 +101,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_compute(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    group.add_argument(
+        "--backend",
+        choices=get_args(BackendName),
+        default="auto",
+        help="what runs the engine: auto is onnxruntime for a quantized one with graphs on a CPU",
+    )
     group.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32")
     group.add_argument(
         "--kernels",
@@ -192,12 +199,14 @@ def _run(options: argparse.Namespace) -> int:
         prefill=options.prefill,
         kv=options.kv,
         graphs=options.graphs,
+        backend=options.backend,
     ) as reranker:
+        backend = reranker.info.backend
         result = _consume(reranker, options, pages)
     if options.json:
         print(json.dumps(as_json(result), ensure_ascii=False))
     else:
-        _print_result(result, pages, sys.stdout, with_reasoning=not options.stream)
+        _print_result(result, pages, backend, sys.stdout, with_reasoning=not options.stream)
     return 0
 
 
@@ -227,7 +236,12 @@ def as_json(result: RerankResult) -> dict[str, Any]:
 
 
 def _print_result(
-    result: RerankResult, pages: Sequence[Page], out: TextIO, *, with_reasoning: bool
+    result: RerankResult,
+    pages: Sequence[Page],
+    backend: str,
+    out: TextIO,
+    *,
+    with_reasoning: bool,
 ) -> None:
     if with_reasoning:
         out.write(f"Reasoning\n{_indented(result.reasoning)}\n\n")
@@ -238,7 +252,8 @@ def _print_result(
     if result.answer is not None:
         out.write(f"\nAnswer\n{_indented(result.answer)}\n")
     out.write(
-        f"\nStatus       {result.status}, {result.exactness}\n"
+        f"\nBackend      {backend}\n"
+        f"Status       {result.status}, {result.exactness}\n"
         f"Stop reason  {result.stop_reason} (reasoning {result.reasoning_end}, about "
         f"{result.tokens_saved} tokens saved)\n"
         f"Tokens       {usage.prompt_tokens} prompt ({usage.image_tokens} of pages), "

@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from mmr5_kernels.target import Target
-from mmr5_runtime.artifact import TensorReader, read_manifest, verify_hashes
+from mmr5_runtime.artifact import Manifest, TensorReader, read_manifest, verify_hashes
+from mmr5_runtime.backends import choose_backend
 from mmr5_runtime.capacity import kv_bytes_per_token, loaded_bytes
-from mmr5_runtime.compute import resolve
+from mmr5_runtime.compute import Compute, resolve, resolve_device
 from mmr5_runtime.engine import Engine
 from mmr5_runtime.exhaustion import memory_errors, weights_shortage
 from mmr5_runtime.image import PixelBudget
 from mmr5_runtime.language import Language
 from mmr5_runtime.model import Model
+from mmr5_runtime.onnx import loading as onnx
+from mmr5_runtime.onnx.files import BACKEND as ONNXRUNTIME
 from mmr5_runtime.options import Layout
 from mmr5_runtime.prompt import (
     DEFAULT_PROFILE,
@@ -26,6 +29,7 @@ from mmr5_runtime.prompt import (
     profile_names,
 )
 from mmr5_runtime.reuse.identity import engine_identity
+from mmr5_runtime.trtllm import loading as trtllm
 from mmr5_runtime.types import EngineError, RequestError
 
 
@@ -36,7 +40,8 @@ class EngineInfo:
     ``identity`` (64 hex digits) stands for everything that may change a bit of what it computes;
     pixels are the limits per page; ``context`` is in tokens. ``step_bytes`` are the weights that
     one decode step reads, ``token_kv_bytes`` the keys and values of one token it looks back at.
-    ``kernels``, ``prefill``, ``kv`` and ``graphs`` are how it computes: see ``Reranker.load``.
+    ``backend``, ``kernels``, ``prefill``, ``kv`` and ``graphs`` are how it computes: see
+    ``Reranker.load``.
     """
 
     identity: str
@@ -52,6 +57,7 @@ class EngineInfo:
     prefill: str = "exact"
     kv: str = "bf16"
     graphs: bool = False
+    backend: str = "native"
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ class LoadedEngine:
     context: int  # tokens of prompt and reply together
     identity: bytes
     rounds_activations: bool = False
+    backend: str = "native"
 
     @cached_property
     def language(self) -> Language:
@@ -89,12 +96,13 @@ class LoadedEngine:
             min_pixels=self.budget.min_pixels,
             max_pixels=self.budget.max_pixels,
             context=self.context,
-            step_bytes=model.decoder.step_bytes,
+            step_bytes=model.step_bytes,
             token_kv_bytes=kv_bytes_per_token(model.spec.text, model.dtype, model.kv),
             kernels=compute.target.kernels,
             prefill=compute.prefill,
             kv=compute.kv,
             graphs=compute.graphs,
+            backend=self.backend,
         )
 
     def prompts(self, layout: Layout) -> PromptTokenizer:
@@ -128,8 +136,9 @@ def load_engine(
     kv: str = "bf16",
     graphs: bool | None = None,
     target: Target | None = None,
+    backend: str = "native",
 ) -> LoadedEngine:
-    """Read and check the manifest, then stream the weights to the device.
+    """Read and check the manifest, then bring the weights to the device.
 
     ``profile`` replaces the one that the engine was exported for; the options behind it are those
     of ``Reranker.load``. ``target`` replaces what ``kernels`` gives, for tests.
@@ -153,21 +162,57 @@ def load_engine(
             f"profile {template.profile} judges single pages and ranks none; load the engine with "
             f"profile='{DEFAULT_PROFILE}' and use plan='cascade'."
         )
-    compute = resolve(
-        device,
-        dtype,
-        manifest.formats,
-        kernels=kernels,
-        prefill=prefill,
-        kv=kv,
-        graphs=graphs,
-        target=target,
-    )
+    where = resolve_device(device)
+    options = {"dtype": dtype, "kernels": kernels, "prefill": prefill, "kv": kv, "graphs": graphs}
+    native_only = target is not None or onnx.native_option(options) is not None
+    chosen = choose_backend(backend, path, manifest, where, native_only)
+    compute = None
+    if chosen == ONNXRUNTIME:
+        onnx.check_options(options)
+    elif chosen == trtllm.BACKEND:
+        trtllm.check_load(options)
+    else:
+        compute = resolve(
+            device,
+            dtype,
+            manifest.formats,
+            kernels=kernels,
+            prefill=prefill,
+            kv=kv,
+            graphs=graphs,
+            target=target,
+        )
     # Everything small is checked before the weights are read, which takes minutes at 7B.
     stored = manifest.pixel_budget
     budget = PixelBudget(stored.min_pixels, stored.max_pixels).replaced(min_pixels, max_pixels)
     tokenizer = PromptTokenizer.from_file(path / "tokenizer.json", template)
     generation_config = _read_optional(path / "generation_config.json")
+    context = manifest.spec.text.max_position_embeddings
+    if chosen == trtllm.BACKEND:
+        engine = trtllm.open_bundle(path, manifest, tokenizer, where, check_hashes)
+        how, rounds = trtllm.identity(path), False
+        context = trtllm.context(manifest, engine)
+    elif compute is None:
+        engine = onnx.open_onnx(path, manifest, where)
+        how, rounds = onnx.identity(manifest), onnx.rounds_activations(manifest.formats)
+    else:
+        engine, how = _open_native(path, manifest, compute), compute.to_json()
+        rounds = any(format.activations for format in manifest.formats.values())
+    return LoadedEngine(
+        engine=engine,
+        tokenizer=tokenizer,
+        budget=budget,
+        image_settings=manifest.image_settings,
+        generation_config=generation_config,
+        context=context,
+        identity=engine_identity(manifest, engine.model.dtype, where, how),
+        rounds_activations=rounds,
+        backend=chosen,
+    )
+
+
+def _open_native(path: Path, manifest: Manifest, compute: Compute) -> Engine:
+    """Streams the weights to the device."""
     spec, formats = manifest.spec, manifest.formats
 
     def shortage(free: int | None) -> str:
@@ -188,17 +233,7 @@ def load_engine(
             prefill=compute.prefill,
             kv=compute.kv,
         )
-        engine = Engine(model, compute.device, compute)
-    return LoadedEngine(
-        engine=engine,
-        tokenizer=tokenizer,
-        budget=budget,
-        image_settings=manifest.image_settings,
-        generation_config=generation_config,
-        context=spec.text.max_position_embeddings,
-        identity=engine_identity(manifest, compute.dtype, compute.device, compute.to_json()),
-        rounds_activations=any(format.activations for format in formats.values()),
-    )
+        return Engine(model, compute.device, compute)
 
 
 def _read_optional(path: Path) -> Mapping[str, Any]:

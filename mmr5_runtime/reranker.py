@@ -16,6 +16,7 @@ from typing import Any, Unpack
 
 import torch
 
+from mmr5_runtime.backends import BackendName
 from mmr5_runtime.batching import Seat, StepBatcher
 from mmr5_runtime.capacity import KVFormat
 from mmr5_runtime.compute import Kernels, Prefill
@@ -31,6 +32,8 @@ from mmr5_runtime.request import open_bank, open_request, open_sources
 from mmr5_runtime.reuse.config import CacheConfig
 from mmr5_runtime.reuse.page_source import PageSource
 from mmr5_runtime.serving import serve
+from mmr5_runtime.trtllm.model import BundleModel
+from mmr5_runtime.trtllm.options import check_options
 from mmr5_runtime.turns import Turns
 from mmr5_runtime.types import EngineError, RequestError, RerankResult, StreamEvent
 from mmr5_runtime.warming import warm_up
@@ -51,6 +54,11 @@ class Reranker:
             raise RequestError(
                 f"concurrency={concurrency!r} is not a whole number from 1 to "
                 f"{MAX_DECODE_SEQUENCES}; pass 1 to serve one request at a time."
+            )
+        if concurrency > 1 and isinstance(loaded.engine.model, BundleModel):
+            raise RequestError(
+                f"concurrency={concurrency} decodes answers together on our own engines; leave it "
+                "out on the TensorRT-LLM backend."
             )
         self._loaded: LoadedEngine | None = loaded
         self._memory = memory
@@ -75,6 +83,7 @@ class Reranker:
         kv: KVFormat = "bf16",
         graphs: bool | None = None,
         concurrency: int = 1,
+        backend: BackendName = "auto",
     ) -> Reranker:
         """Load the engine folder that ``mmr5-export`` wrote.
 
@@ -99,6 +108,14 @@ class Reranker:
         torch, as on a CPU, the last bits of logits then depend on what else is being decoded, so
         that a tie may be decided otherwise from run to run; those of the Triton kernels do not.
 
+        ``backend``: ``native`` runs the weights in PyTorch with the kernels above;
+        ``onnxruntime`` the graphs of a folder that was exported with ``--backend onnxruntime``,
+        which round the inputs of quantized linears to 8 bits; ``auto`` takes those for a quantized
+        engine on a CPU when the folder has them, onnxruntime is installed and no option asks for
+        the native engine. ``tensorrt-llm`` runs a bundle that ``--backend tensorrt-llm`` wrote,
+        where TensorRT-LLM is installed; some options mean something else there, see
+        :mod:`mmr5_runtime.trtllm`. That has never been executed.
+
         Raises EngineError for a folder that is missing, incomplete, altered or too new, for an
         unusable disk cache, and for a GPU, driver or Triton that does not serve what was asked;
         OutOfMemoryError when the weights do not fit; RequestError for an option.
@@ -115,6 +132,7 @@ class Reranker:
             prefill=prefill,
             kv=kv,
             graphs=graphs,
+            backend=backend,
         )
         memory = Memory(cache or CacheConfig(), loaded, max_image_pixels)
         return cls(loaded, memory, concurrency)
@@ -256,6 +274,8 @@ class Reranker:
         """Check and open everything now; the model runs when the events are asked for."""
         loaded = self._require_loaded()
         asked = RerankOptions(top_k=top_k, **options)
+        if isinstance(loaded.engine.model, BundleModel):
+            check_options(asked)
         return serve(open_request(loaded, self._memory, query, pages, asked, seat))
 
     def _seat(self) -> Seat | None:

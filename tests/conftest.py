@@ -29,6 +29,19 @@ torch.set_num_threads(1)
 EngineFactory = Callable[[str], Path]
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests of a module that names ``BACKENDS`` run once on each, as far as they load an engine."""
+    names = getattr(metafunc.module, "BACKENDS", None)
+    if names and "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", names, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def backend(request: pytest.FixtureRequest) -> str:
+    """What the engines of a test are loaded by; an engine with graphs is loaded by those."""
+    return getattr(request, "param", "native")
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random bf16 checkpoint whose decoder fits every storage format."""
@@ -38,9 +51,11 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> EngineFactory:
+def tiny_engine(
+    tiny_checkpoint: Path, backend: str, tmp_path_factory: pytest.TempPathFactory
+) -> EngineFactory:
     """Engine folder of the tiny checkpoint by quantization name."""
-    from helpers.exporting import quick_export  # not before an engine is asked for
+    from helpers.exporting import add_graphs, quick_export  # not before an engine is asked for
 
     made: dict[str, Path] = {}
 
@@ -48,6 +63,8 @@ def tiny_engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
         if quant not in made:
             made[quant] = tmp_path_factory.mktemp("engines") / quant
             quick_export(str(tiny_checkpoint), quant, made[quant])
+            if backend == "onnxruntime":
+                add_graphs(made[quant])
         return made[quant]
 
     return make

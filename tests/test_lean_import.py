@@ -12,7 +12,15 @@ import pytest
 import mmr5_runtime
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("transformers", "onnxruntime", "torchvision", "matplotlib", "huggingface_hub", "rich")
+HEAVY = (
+    "transformers",
+    "onnx",
+    "onnxruntime",
+    "torchvision",
+    "matplotlib",
+    "huggingface_hub",
+    "rich",
+)
 
 
 def modules_after(code: str) -> set[str]:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
 from mmr5_export.agreement import (
     ORIGINAL,
@@ -133,7 +132,7 @@ class Reading:
         rows = [self._first[None]]
         if given := response[:-1]:
             ids = torch.tensor(list(given), device=self._model.device)
-            embeds = embedding(ids, self._model.decoder.embed_tokens)
+            embeds = self._model.embed(ids)
             rows.append(prefill(self._model, embeds, self._after(0, len(given)), self._arena, True))
         return torch.cat(rows)
 

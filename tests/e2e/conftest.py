@@ -31,10 +31,12 @@ def fresh(tiny_engine: Callable[[str], Path]) -> Iterator[Fresh]:
 
 
 @pytest.fixture(scope="session")
-def mini_int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def mini_int4(backend: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Engine folder of the embedded checkpoint, which gives real answers."""
-    from helpers.exporting import quick_export  # not before an engine is asked for
+    from helpers.exporting import add_graphs, quick_export  # not before an engine is asked for
 
     folder = tmp_path_factory.mktemp("mini") / "int4"
     quick_export("mini", "int4", folder)
+    if backend == "onnxruntime":
+        add_graphs(folder)
     return folder

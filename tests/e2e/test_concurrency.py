@@ -22,6 +22,7 @@ from mmr5_runtime.cursor import Cursor
 from mmr5_runtime.reuse.config import CacheConfig
 from mmr5_runtime.types import EngineError, PageError, RequestError, weakest
 
+BACKENDS = ("native", "onnxruntime")
 COUNT = 4  # pages of every list
 PATIENCE = 60.0  # seconds until a test that hangs fails
 

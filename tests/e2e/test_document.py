@@ -14,6 +14,7 @@ from helpers.reading import QUESTION, Fresh, limited, png_pages, same_answer
 from mmr5_runtime import CacheConfig, EngineError, PageError, RequestError
 
 EngineFactory = Callable[[str], Path]
+BACKENDS = ("native", "onnxruntime")
 SHORT: dict[str, Any] = {"max_new_tokens": 8}
 OTHER = "Where is the budget table?"
 

@@ -26,6 +26,16 @@ CASES: dict[str, dict[str, Any]] = {
         "options": {"bits": 5.5},
         "checkpoint_out": True,
     },
+    "with other engines": {
+        "quant": "int4",
+        "steps": 7,
+        "rounds": 7,
+        "options": {
+            "backend": ["onnxruntime", "tensorrt-llm"],
+            "trt_target": ["llm-api", "onnx"],
+            "max_pixels": 37632,
+        },
+    },
     "rejected": {"quant": "int4", "steps": 7, "rounds": 9, "rejects": True},
 }
 

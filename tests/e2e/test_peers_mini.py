@@ -229,9 +229,9 @@ def test_memory_and_clocks_are_watched_while_lists_are_answered(
         events.append("watching")
         return enter(memory)
 
-    def loaded(folder: Path, setting: Setting) -> LoadedEngine:
+    def loaded(folder: Path, setting: Setting, backend: ours.Backend) -> LoadedEngine:
         events.append("loading")
-        return load(folder, setting)
+        return load(folder, setting, backend)
 
     monkeypatch.setattr(PeakMemory, "__enter__", entered)
     monkeypatch.setattr(PeakMemory, "bytes", lambda _: {"peak_rss_bytes": 1, "peak_gpu_bytes": 7})

@@ -35,6 +35,7 @@ from mmr5_runtime.image import planned_sizes
 from mmr5_runtime.request import open_bank, open_sources
 
 EngineFactory = Callable[[str], Path]
+BACKENDS = ("native", "onnxruntime")
 SHORT: dict[str, Any] = {"max_new_tokens": 12}
 
 

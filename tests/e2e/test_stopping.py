@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 from helpers.answer_streams import random_text
-from helpers.exporting import quick_export
 from helpers.scripted import Script, StepDeadline, opinionated
 from mmr5_bench.minidocs.lists import held_out_cases
 from mmr5_bench.minidocs.pages import render_page
@@ -24,6 +23,7 @@ from mmr5_runtime.loading import load_engine
 from mmr5_runtime.reuse.config import CacheConfig
 from mmr5_runtime.types import EXACTNESS_LADDER, Status, StopReason
 
+BACKENDS = ("native", "onnxruntime")
 QUESTION = "Which page shows the rainfall?"
 REASONING = "<think>Image 2 shows the rainfall, Image 1 does not.</think>"
 
@@ -32,10 +32,8 @@ REASONING = "<think>Image 2 shows the rainfall, Image 1 does not.</think>"
 
 
 @pytest.fixture(scope="module")
-def mini(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reranker]:
-    folder = tmp_path_factory.mktemp("mini") / "int4"
-    quick_export("mini", "int4", folder)
-    with Reranker.load(folder, "cpu") as loaded:
+def mini(mini_int4: Path) -> Iterator[Reranker]:
+    with Reranker.load(mini_int4, "cpu") as loaded:
         yield loaded
 
 
@@ -101,7 +99,10 @@ def test_mini_unmasked_and_drafted_answers_are_the_same(mini: Reranker, lists: L
         assert free.text == whole.text and whole.interventions == free.interventions == 0
         assert free.list_logprob == whole.list_logprob
         drafted = mini.rerank(question, pages, stop="eos", draft=True)
-        assert drafted.text == whole.text and drafted.exactness == "token_identical"
+        assert drafted.text == whole.text
+        # ONNX Runtime rounds the inputs of quantized linears, where a last bit can become a step.
+        rounds = mini.info.backend == "onnxruntime"
+        assert drafted.exactness == ("approximate" if rounds else "token_identical")
         assert drafted.usage.completion_tokens == whole.usage.completion_tokens
         assert drafted.usage.decode_steps < whole.usage.completion_tokens / 2
         assert 0 < drafted.usage.accepted_tokens <= drafted.usage.draft_tokens
@@ -234,6 +235,7 @@ def language(tiny_engine: Callable[[str], Path]) -> Language:
         min_pixels=None,
         max_pixels=None,
         check_hashes=False,
+        backend="auto",
     ).language
 
 

@@ -85,7 +85,7 @@ def load(
     """The engine in ``folder``, by default on the CPU."""
     return load_engine(
         folder, device=device, dtype=dtype, min_pixels=None, max_pixels=max_pixels,
-        check_hashes=False, kv=kv,
+        check_hashes=False, kv=kv, backend="auto",
     )  # fmt: skip
 
 

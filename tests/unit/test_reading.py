@@ -31,6 +31,7 @@ from mmr5_runtime.request import open_request
 from mmr5_runtime.timing import Timings
 from mmr5_runtime.types import PageError
 
+BACKENDS = ("native", "onnxruntime")
 PROMPTS = 34  # for each of 6 engines: 204 in all
 QUESTIONS = (QUESTION, "Where is the budget table?", "Who signed?")
 LAYOUTS: tuple[Layout, ...] = ("reference", "images_first")
