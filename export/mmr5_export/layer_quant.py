@@ -41,13 +41,16 @@ class LinearReport:
     """What quantizing one linear cost.
 
     ``sqnr_db`` compares weights, ``error`` outputs: tr(dW H dW^T) / tr(W H W^T) over the inputs
-    seen. ``damp`` is what GPTQ had to add to the Hessian, relative to its mean diagonal.
+    seen. ``input_absmax`` is the largest magnitude among these inputs, as the linear gets them once
+    smoothing has divided them: what one scale for all activations has to reach. ``damp`` is what
+    GPTQ had to add to the Hessian, relative to its mean diagonal.
     """
 
     method: str
     format: str
     sqnr_db: float | None
     error: float
+    input_absmax: float
     damp: float | None = None
 
 
@@ -99,8 +102,15 @@ def quantize_layer(
                 if name in layer.touched:
                     tensors[f"{name}.weight"] = layer.weights[name].to(torch.bfloat16)
                 continue
-            weight, hessian = layer.weights[name], layer.hessians[group]
-            parts, report[name] = _quantize(name, weight, hessian, format, methods[name], damp)
+            parts, report[name] = _quantize(
+                name,
+                layer.weights[name],
+                layer.hessians[group],
+                float(layer.absmax[group].max()),
+                format,
+                methods[name],
+                damp,
+            )
             tensors |= {f"{name}.{suffix}": part for suffix, part in parts.items()}
     return QuantizedLayer({name: tensor.cpu() for name, tensor in tensors.items()}, report)
 
@@ -117,7 +127,13 @@ def _require_finite_inputs(linears: Sequence[str], stats: InputStats) -> None:
 
 
 def _quantize(
-    name: str, weight: Tensor, hessian: Tensor, format: Format, method: str, damp: float
+    name: str,
+    weight: Tensor,
+    hessian: Tensor,
+    input_absmax: float,
+    format: Format,
+    method: str,
+    damp: float,
 ) -> tuple[dict[str, Tensor], LinearReport]:
     if method.endswith("gptq"):
         parts, stats = gptq(weight, hessian, format, damp=damp, name=name)
@@ -137,11 +153,14 @@ def _quantize(
             "be computed; calibrate with other samples, or leave this linear in bf16."
         )
     known = round(decibels, 3) if isfinite(decibels) else None
-    return parts, LinearReport(method, format.name, known, error, used)
+    return parts, LinearReport(method, format.name, known, error, input_absmax, used)
 
 
 class _Layer:
-    """The layer while it is being smoothed: fp32 weights, Hessians, changed norms and biases."""
+    """The layer while it is being smoothed: fp32 weights, Hessians, changed norms and biases.
+
+    ``hessians`` [K, K] and ``absmax`` [K], the largest |input| by column, are by group.
+    """
 
     def __init__(
         self,
@@ -158,6 +177,7 @@ class _Layer:
             for name in group_linears(index, group)
         }
         self.hessians = {group: stats[group].hessian for group in GROUPS}
+        self.absmax = {group: stats[group].absmax for group in GROUPS}
         self.changed: dict[str, Tensor] = {}
         self.touched: set[str] = set()  # linears whose weight is no longer the checkpoint's
 
@@ -196,3 +216,4 @@ class _Layer:
             self.weights[linear] = self.weights[linear] * scales
             self.touched.add(linear)
         self.hessians[group] = transform_hessian(self.hessians[group], scales)
+        self.absmax[group] = self.absmax[group] / scales
