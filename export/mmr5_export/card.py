@@ -35,6 +35,7 @@ def model_card(document: Mapping[str, Any]) -> str:
         'with Reranker.load("path/to/this/folder") as reranker:\n'
         '    result = reranker.rerank("Which chart shows rainfall?", ["a.png", "b.png"])\n'
         "print(result.order, result.status)\n```",
+        _backends(document),
         "## Limits",
         _limits(document),
     ]
@@ -146,6 +147,23 @@ def _making(document: Mapping[str, Any]) -> str:
         )
         lines.append(f"| calibration | |\n| :-- | :-- |\n{details}")
     return "\n\n".join(lines)
+
+
+def _backends(document: Mapping[str, Any]) -> str:
+    """Per file set for another engine, exactly what was verified of it."""
+    rows = []
+    for name, found in document.get("backends", {}).items():
+        targets = found.get("targets")
+        if targets is None:
+            rows.append((name, "this folder", found["verified"]))
+            continue
+        for target, facts in targets.items():
+            rows.append((f"{name}, {target}", f"`{facts['folder']}`", facts["verified"]))
+    if not rows:
+        return ""
+    lines = ["| for | where | verified |", "| :-- | :-- | :-- |"]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    return "## Other engines\n\n" + "\n".join(lines)
 
 
 def _limits(document: Mapping[str, Any]) -> str:

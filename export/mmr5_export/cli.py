@@ -70,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     _add_storage(made.add_argument_group("what is stored"))
     _add_calibration(made.add_argument_group("calibration"))
     _add_verification(made.add_argument_group("verification"))
+    _add_backends(made.add_argument_group("other engines"))
     return made
 
 
@@ -145,6 +146,30 @@ def _add_verification(group: Any) -> None:
         metavar="SHARE",
         help="fail unless this share of held-out lists keeps its first page",
     )
+
+
+def _add_backends(group: Any) -> None:
+    group.add_argument(
+        "--backend",
+        action="append",
+        choices=("native", "onnxruntime", "tensorrt-llm"),
+        help="also write for this engine, may be repeated; native is always there",
+    )
+    group.add_argument(
+        "--trt-target",
+        action="append",
+        choices=("engine", "llm-api", "onnx"),
+        help="what of TensorRT, may be repeated: a TensorRT-LLM engine to build (default), a "
+        "checkpoint for its LLM API, or ONNX for TensorRT alone",
+    )
+    group.add_argument("--trt-version", help="TensorRT-LLM version to write for")
+    group.add_argument("--max-batch-size", type=int, help="prompts at a time (default: 1)")
+    group.add_argument("--max-input-len", type=int, help="longest prompt in tokens")
+    group.add_argument("--max-seq-len", type=int, help="longest prompt with its answer")
+    group.add_argument(
+        "--max-multimodal-len", type=int, help="tokens of pages in all prompts at a time"
+    )
+    group.add_argument("--aot", choices=("rtx",), help="compile ONNX files now, with TensorRT-RTX")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

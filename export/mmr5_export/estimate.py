@@ -9,6 +9,8 @@ embedding   vision tower and embedding table
 layer       one layer in the compute dtype and in fp32, the statistics of its inputs, and GPTQ's
             working copies of the largest linear and of its Hessian
 verifying   the engine, the original's head, and the logits of both along one answer
+(backends)  a few copies of the largest tensor, in each layout that is written; what compiles
+            takes a multiple of the weights
 =========== ====================================================================================
 
 On a GPU every stage is counted twice: what lies there, and what main memory holds meanwhile.
@@ -19,8 +21,8 @@ They are right to a factor, not to a minute, and say so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
@@ -166,6 +168,17 @@ def estimate(
     return Needs(memory, 2 * work.tokens * text.hidden_size * size, seconds, host)
 
 
+def with_backends(needs: Needs, stages: Sequence[Mapping[str, int]], device: torch.device) -> Needs:
+    """``needs`` with the stages that write files for other engines: bytes of main memory each.
+
+    They compute nothing on a GPU, so its memory is not asked for.
+    """
+    added = {name: size + _OVERHEAD for found in stages for name, size in found.items()}
+    if device.type == "cuda":
+        return replace(needs, host={**needs.host, **added})
+    return replace(needs, memory={**needs.memory, **added})
+
+
 def _kernel_bytes(
     spec: ModelSpec,
     formats: Mapping[str, Format],
@@ -227,6 +240,10 @@ def _check_stages(stages: Mapping[str, int], available: int | None, where: str) 
         "writing": "free some memory, or use a larger machine",
     }
     remedy = remedies.get(stage, "pass fewer or smaller pages, or use a larger device")
+    if stage.startswith("writing "):
+        remedy = "free some memory, or leave out its --backend or --trt-target"
+    elif stage.startswith("compiling "):
+        remedy = "leave out --aot, and compile on a larger machine"
     raise ResourceError(
         f"the {stage} stage needs about {gigabytes(stages[stage])} {where} but "
         f"{gigabytes(available)} are free there; {remedy}."

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mmr5_export.assemble import Progress
+from mmr5_export.backends import check_backends, needs_ranges
 from mmr5_export.checkpoint import Checkpoint, open_checkpoint
 from mmr5_export.finite import require_finite
 from mmr5_export.generator import Generator, weights_sha256
@@ -30,6 +31,7 @@ from mmr5_export.resolve import (
 )
 from mmr5_export.samples import Sample, choose, read_samples, samples_sha256, shipped_set
 from mmr5_export.source import MINI, Location, locate
+from mmr5_export.wish import Wish
 from mmr5_runtime.artifact import ImageSettings, PixelRange, file_sha256, tool_versions
 from mmr5_runtime.image import PixelBudget
 from mmr5_runtime.prompt import DEFAULT_PROFILE, PromptTokenizer, Template, load_template
@@ -118,6 +120,23 @@ class Job:
         return {name: chosen.method(name) if chosen else "as-stored" for name in formats}
 
     @property
+    def wish(self) -> Wish:
+        """What is asked for besides the native engine."""
+        plan, recipe = self.plan(), self.recipe
+        methods = set(self.methods().values())
+        mixed = recipe is not None and recipe.mixed is not None
+        walks = mixed or bool(methods - set(ROUNDING)) or needs_ranges(plan.formats, self.options)
+        return Wish(
+            spec=self.spec,
+            formats=plan.formats,
+            budget=self.budget,
+            options=self.options,
+            original=recipe is not None,
+            ranges=recipe is not None and walks,
+            chosen_later=mixed,
+        )
+
+    @property
     def weights_sha256(self) -> str:
         """One hash for all weight files."""
         names = self.checkpoint.weight_files
@@ -151,7 +170,7 @@ class Job:
         options = {
             key: value
             for key, value in asdict(self.options).items()
-            if key not in _NOT_IDENTIFYING and value is not None
+            if key not in _NOT_IDENTIFYING and value not in (None, ())
         }
         return {
             "model": self.location.name,
@@ -172,6 +191,8 @@ class Job:
         versions = tool_versions() | {name: _version(name) for name in _LIBRARIES}
         if any("gptq" in method for method in self.methods().values()):
             versions |= {name: _version(name) for name in _GPTQ_LIBRARIES}
+        if self.options.backend:
+            versions |= {name: _version(name) for name in _GRAPH_LIBRARIES}
         gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
         capability = torch.backends.cpu.get_cpu_capability()
         return {
@@ -182,9 +203,10 @@ class Job:
         }
 
 
-# Beside torch: what turns pages into pixels and text into tokens, and what solves GPTQ.
+# Beside torch: what turns pages into pixels and text into tokens, solves GPTQ, writes graphs.
 _LIBRARIES = ("numpy", "pillow", "tokenizers")
 _GPTQ_LIBRARIES = ("llmcompressor", "compressed-tensors", "transformers")
+_GRAPH_LIBRARIES = ("onnx", "onnxruntime")
 _NOT_IDENTIFYING = {
     "calib_data",  # its content is, under samples
     "profile",  # its content is, under template
@@ -250,6 +272,7 @@ def prepare(
             check_target(decoder, options.checkpoint_for)
         except ExportError as error:
             raise OptionError(str(error)) from error
+    check_backends(job.wish)
     job = replace(job, hashes=_hash_files(checkpoint, copied, progress))
     job = _with_samples(job)
     if job.samples:
@@ -303,7 +326,8 @@ def _with_samples(job: Job) -> Job:
         return replace(job, unverified="the checkpoint is quantized; its original is not at hand")
     formats = job.plan().formats
     methods = {method for method in job.methods().values() if method not in ROUNDING}
-    calibrated = bool(methods) or job.recipe.mixed is not None
+    ranges = needs_ranges(formats, job.options)
+    calibrated = bool(methods) or job.recipe.mixed is not None or ranges
     if not formats:
         job = replace(job, unverified="nothing is quantized")
     elif not job.options.verify:
@@ -313,8 +337,10 @@ def _with_samples(job: Job) -> Job:
         return job
     source = job.options.calib_data or (shipped_set() if job.location.name == MINI else None)
     if source is None:
-        purpose = f"{' and '.join(sorted(methods))} calibration" if calibrated else "verification"
+        purpose = f"{' and '.join(sorted(methods))} calibration" if methods else "verification"
         way_out = "--method rtn --no-verify" if calibrated else "--no-verify"
+        if ranges:
+            purpose, way_out = "TensorRT's scale of 8-bit activations", "--quant int4 or bf16"
         raise OptionError(
             f"{purpose} needs questions with pages; pass --calib-data FILE.jsonl (query, pages), "
             f"or do without: {way_out}."
@@ -342,4 +368,6 @@ def _version(package: str) -> str:
 
 def _plain(value: Any) -> Any:
     """As JSON has it."""
+    if isinstance(value, tuple):
+        return list(value)
     return str(value) if isinstance(value, Path) else value

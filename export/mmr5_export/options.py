@@ -18,6 +18,9 @@ class OptionError(ExportError):
 
 
 CALIBRATION_SAMPLES, HELD_OUT_SAMPLES = 128, 32
+BACKENDS = ("native", "onnxruntime", "tensorrt-llm")
+TRT_TARGETS = ("engine", "llm-api", "onnx")
+AOT = ("rtx",)
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,12 @@ class ExportOptions:
 
     ``checkpoint_out`` is a folder for an ordinary quantized checkpoint beside the engine, and
     ``checkpoint_for`` who will read it: a format that reader is known to misread is refused.
+
+    ``backend`` are engines that the folder is written for besides the native one; ``trt_target``
+    says what of TensorRT is written (the default is ``engine``) and ``trt_version`` for which
+    TensorRT-LLM. ``max_batch_size`` prompts at a time, of at most ``max_input_len`` tokens and
+    ``max_seq_len`` with the answer, of which ``max_multimodal_len`` are of pages in all prompts
+    together, is what TensorRT reserves for; ``aot`` compiles the ONNX files ahead of time.
 
     ``free_bytes`` and ``free_memory`` replace what is found on the disk and on the device.
     Raises :class:`OptionError` for a value out of range and for options that contradict.
@@ -70,6 +79,14 @@ class ExportOptions:
     dtype: str = "auto"
     checkpoint_out: Path | None = None
     checkpoint_for: str = "vllm"
+    backend: tuple[str, ...] = ()
+    trt_target: tuple[str, ...] = ()
+    trt_version: str | None = None
+    max_batch_size: int | None = None
+    max_input_len: int | None = None
+    max_seq_len: int | None = None
+    max_multimodal_len: int | None = None
+    aot: str | None = None
     resume: bool = False
     force: bool = False
     free_bytes: int | None = None
@@ -93,6 +110,40 @@ class ExportOptions:
                 "--min-top1-agreement needs the verification that --no-verify leaves out; drop one "
                 "of the two."
             )
+        for name in _SIZES:
+            _in_range(name, getattr(self, name), above=0)
+        self._check_backends()
+
+    def _check_backends(self) -> None:
+        for name, known in (("backend", BACKENDS), ("trt_target", TRT_TARGETS)):
+            asked = tuple(getattr(self, name))
+            for value in asked:
+                _choice(name, value, known)
+            # The order of the table, so that equal wishes give equal engines; native is implied.
+            chosen = tuple(value for value in known if value in asked and value != "native")
+            object.__setattr__(self, name, chosen)
+        if self.aot is not None:
+            _choice("aot", self.aot, AOT)
+        if "tensorrt-llm" not in self.backend:
+            names = ("trt_target", "trt_version", *_SIZES, "aot")
+            if given := [name for name in names if getattr(self, name) not in (None, ())]:
+                raise OptionError(
+                    f"{_flag(given[0])} is about TensorRT, which nothing is written for; add "
+                    "--backend tensorrt-llm or leave it out."
+                )
+        for name, targets in _FOR_TARGETS.items():
+            if getattr(self, name) is not None and not set(targets) & set(self.targets):
+                raise OptionError(
+                    f"{_flag(name)} means nothing to --trt-target {' and '.join(self.targets)}; "
+                    f"add --trt-target {' or '.join(targets)}, or leave it out."
+                )
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """What is written for TensorRT, in order; nothing without the backend."""
+        if "tensorrt-llm" not in self.backend:
+            return ()
+        return self.trt_target or ("engine",)
 
     def arguments(self) -> list[str]:
         """Command-line arguments that repeat the export, without those that only say where.
@@ -105,8 +156,10 @@ class ExportOptions:
             value: Any = getattr(self, field.name)
             if field.name in _UNREPEATED or value == field.default:
                 continue
-            flag = f"--{field.name.replace('_', '-')}"
-            if field.name == "symmetric":
+            flag = _flag(field.name)
+            if isinstance(value, tuple):
+                given += [word for item in value for word in (flag, item)]
+            elif field.name == "symmetric":
                 given.append("--sym" if value else "--asym")
             elif field.name == "verify":
                 given.append("--no-verify")
@@ -133,6 +186,27 @@ _UNREPEATED = {
 }
 
 
+# What TensorRT reserves memory for.
+_SIZES = ("max_batch_size", "max_input_len", "max_seq_len", "max_multimodal_len")
+
+
+_FOR_TARGETS = {
+    "trt_version": ("engine", "llm-api"),
+    "max_batch_size": ("engine", "llm-api"),
+    "max_multimodal_len": ("engine",),
+    "aot": ("onnx",),
+}
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise OptionError(f"{_flag(name)} {value} is unknown; give one of {', '.join(known)}.")
+
+
 def _in_range(
     name: str, value: float | None, *, above: float = -math.inf, most: float = math.inf
 ) -> None:
@@ -140,6 +214,4 @@ def _in_range(
         return
     if not (math.isfinite(value) and above < value <= most):
         limit = f" and at most {most:g}" if math.isfinite(most) else ""
-        raise OptionError(
-            f"--{name.replace('_', '-')} is {value:g}; give a number above {above:g}{limit}."
-        )
+        raise OptionError(f"{_flag(name)} is {value:g}; give a number above {above:g}{limit}.")

@@ -25,7 +25,7 @@ from mmr5_export.job import Job, prepare
 from mmr5_export.journal import Journal, open_journal, resumable, work_folder
 from mmr5_export.options import ExportOptions
 from mmr5_export.places import check_checkpoint, check_output, check_places, job_sha256
-from mmr5_export.publish import engine_folder, make_checkpoint, make_engine, publish, verdict
+from mmr5_export.publish import engine_folder, make_checkpoint, make_engine, publish
 from mmr5_export.run import Run
 from mmr5_export.workload import Requirements, check, require
 from mmr5_export.write import disk_error
@@ -77,7 +77,7 @@ def export(
                 check_output(output, options.force)  # a resumed export comes here unchecked
                 run = Run(job, journal, required.answering, progress)
                 run.calibrate()
-                rejected = verdict(job, make_engine(run))
+                rejected = make_engine(run)
                 if rejected is None:
                     make_checkpoint(run, job_hash)
                 journal.finish(_END, {**_wishes(job), "rejected": rejected})

@@ -19,6 +19,10 @@ _STAGES = {
     "layer": "quantizing layers",
     "write": "writing tensors",
     "verify": "verifying",
+    "onnxruntime": "writing for ONNX Runtime",
+    "engine": "writing for TensorRT-LLM engines",
+    "llm-api": "writing for TensorRT-LLM's LLM API",
+    "onnx": "writing for TensorRT",
 }
 _QUIET_SECONDS = 30.0  # a short run stays silent, and a long one says something about this often
 

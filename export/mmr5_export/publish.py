@@ -9,12 +9,16 @@ from __future__ import annotations
 import glob
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mmr5_export.agreement import VerificationFailed
 from mmr5_export.assemble import EngineTensors, TakenOver, write_tensors
+from mmr5_export.backends import write_backends
+from mmr5_export.checkpoint import Checkpoint
 from mmr5_export.evaluate import Evaluation, evaluate_engine
+from mmr5_export.finished import open_finished
 from mmr5_export.hf_checkpoint import write_checkpoint
 from mmr5_export.job import Job
 from mmr5_export.places import (
@@ -26,12 +30,20 @@ from mmr5_export.places import (
     unfinished_checkpoint,
 )
 from mmr5_export.prequantized import QuantizedCheckpoint
-from mmr5_export.report import Facts, Threshold, manifest_report, report_document, write_report
+from mmr5_export.report import (
+    Facts,
+    Threshold,
+    manifest_report,
+    report_document,
+    verification_means,
+    write_report,
+)
 from mmr5_export.run import Run
 from mmr5_export.write import replace_folder, sync_folder
 from mmr5_kernels.layout import Format
 from mmr5_runtime.artifact import (
     MANIFEST_NAME,
+    Backend,
     FileEntry,
     Manifest,
     Quant,
@@ -41,6 +53,8 @@ from mmr5_runtime.artifact import (
     write_manifest,
 )
 from mmr5_runtime.loading import load_engine
+from mmr5_runtime.onnx.files import BACKEND as ONNXRUNTIME
+from mmr5_runtime.onnx.session import is_installed
 from mmr5_runtime.spec import parameter_count
 from mmr5_runtime.types import ExportError
 
@@ -50,10 +64,11 @@ def engine_folder(work: Path) -> Path:
     return work / "engine"
 
 
-def make_engine(run: Run) -> Evaluation | None:
+def make_engine(run: Run) -> str | None:
     """Brings every file of the engine to the disk, in the work folder, and verifies it.
 
-    Returns what verification found, None when there was none.
+    Files for other backends come last, and not at all for an engine that is rejected. Returns why
+    the engine must not be published, None when nothing speaks against it.
     """
     job, folder = run.job, engine_folder(run.journal.folder)
     shutil.rmtree(folder, ignore_errors=True)
@@ -63,15 +78,54 @@ def make_engine(run: Run) -> Evaluation | None:
     source = engine_tensors(run, run.plan.formats)
     write_tensors(source, run.plan, folder, run.progress)
     layers = _layers(run, source)
-    write_manifest(folder, _manifest(run, folder, {}))  # for load_engine; written again below
+    # For those who load the engine now; written again below.
+    write_manifest(folder, _manifest(run, folder, {}, {}))
     evaluation = _verify(run, folder)
-    document = report_document(_facts(run, layers), evaluation, _threshold(job))
+    rejected = verdict(job, evaluation)
+    backends = {} if rejected else _write_backends(run, folder, layers)
+    if ONNXRUNTIME in backends and (found := _verify_graphs(run, folder, backends)) is not None:
+        backends = {**backends, ONNXRUNTIME: _verified(backends[ONNXRUNTIME], found)}
+        rejected = verdict(job, found)
+    document = report_document(_facts(run, layers, backends), evaluation, _threshold(job))
     document["unverified"] = job.unverified
     (folder / MANIFEST_NAME).unlink()
     write_report(folder, document)
-    write_manifest(folder, _manifest(run, folder, manifest_report(document)))
+    write_manifest(folder, _manifest(run, folder, manifest_report(document), backends))
     sync_folder(folder)
-    return evaluation
+    return rejected
+
+
+def _verify_graphs(run: Run, folder: Path, backends: Mapping[str, Backend]) -> Evaluation | None:
+    """The held-out lists on the graphs; None where the engine is not verified, or not on a CPU."""
+    if run.job.device.type != "cpu" or not is_installed():
+        return None
+    write_manifest(folder, _manifest(run, folder, {}, backends))
+    return _verify(run, folder, ONNXRUNTIME)
+
+
+def _verified(backend: Backend, found: Evaluation) -> Backend:
+    """``backend`` with what running its graphs on the held-out lists gave."""
+    said = (
+        f"checked by onnx and run by onnxruntime {backend.facts['onnxruntime']} on the "
+        f"{len(found.ranks.samples)} held-out lists: first page as before on "
+        f"{found.ranks.first_choice_agreement:.1%}, next token on {found.tokens.agreement:.2%}"
+    )
+    return replace(
+        backend, verified=said, facts={**backend.facts, "verification": verification_means(found)}
+    )
+
+
+def _write_backends(
+    run: Run, folder: Path, layers: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Backend]:
+    """What was asked for besides the native engine, made from the engine in ``folder``."""
+    checkpoint = run.job.checkpoint
+    original = checkpoint.read if isinstance(checkpoint, Checkpoint) else None
+    ranges = {
+        name: layer["input_absmax"] for name, layer in layers.items() if "input_absmax" in layer
+    }
+    engine = open_finished(folder, original, ranges)
+    return write_backends(engine, run.job.options, run.progress)
 
 
 def engine_tensors(run: Run, formats: Mapping[str, Format]) -> EngineTensors:
@@ -154,17 +208,18 @@ def _publish_checkpoint(job: Job, target: Path, job_hash: str) -> None:
         )
 
 
-def _verify(run: Run, folder: Path) -> Evaluation | None:
+def _verify(run: Run, folder: Path, backend: str = "native") -> Evaluation | None:
     job = run.job
     if job.unverified is not None:
         return None
     loaded = load_engine(
         folder,
         device=str(job.device),
-        dtype=str(job.dtype).removeprefix("torch."),
+        dtype=str(job.dtype).removeprefix("torch.") if backend == "native" else "auto",
         min_pixels=None,
         max_pixels=None,
         check_hashes=False,
+        backend=backend,
     )
     total = len(job.held_out)
     return evaluate_engine(loaded, run.held_out(), lambda done: run.progress("verify", done, total))
@@ -193,7 +248,9 @@ def _layers(run: Run, source: EngineTensors) -> dict[str, dict[str, Any]]:
     }
 
 
-def _facts(run: Run, layers: Mapping[str, Mapping[str, Any]]) -> Facts:
+def _facts(
+    run: Run, layers: Mapping[str, Mapping[str, Any]], backends: Mapping[str, Backend]
+) -> Facts:
     job = run.job
     surroundings = job.environment
     return Facts(
@@ -210,6 +267,7 @@ def _facts(run: Run, layers: Mapping[str, Mapping[str, Any]]) -> Facts:
         bytes=run.plan.num_bytes,
         bf16_bytes=2 * parameter_count(job.spec),
         sensitivity=run.sensitivity,
+        backends={name: backend.to_json() for name, backend in backends.items()},
     )
 
 
@@ -243,7 +301,9 @@ def _quant(run: Run) -> Quant:
     )
 
 
-def _manifest(run: Run, folder: Path, report: Mapping[str, Any]) -> Manifest:
+def _manifest(
+    run: Run, folder: Path, report: Mapping[str, Any], backends: Mapping[str, Backend]
+) -> Manifest:
     job, template = run.job, run.job.template
     return Manifest(
         created_by=job.environment["versions"],
@@ -254,9 +314,11 @@ def _manifest(run: Run, folder: Path, report: Mapping[str, Any]) -> Manifest:
         pixel_budget=job.budget,
         image=job.image,
         files={
-            path.name: FileEntry(file_sha256(path), path.stat().st_size)
-            for path in sorted(folder.iterdir())
+            path.relative_to(folder).as_posix(): FileEntry(file_sha256(path), path.stat().st_size)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name != MANIFEST_NAME
         },
         tensors={tensor.name: tensor.file for tensor in run.plan.stored},
         report=dict(report),
+        backends=backends,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +55,12 @@ class Facts:
 
     ``command`` is the argument vector, program first; ``versions`` maps tools to versions;
     ``layers`` has per quantized linear ``method``, ``format``, ``sqnr_db``, ``error`` (relative
-    squared error of its output) and ``damp``, each None where it does not apply; ``calibration``
+    squared error of its output) and ``damp``, each None where it does not apply, and of one that
+    was calibrated ``input_absmax``, the largest magnitude among its inputs; ``calibration``
     says source, hash, samples and tokens; ``sensitivity`` is what a mixed recipe was chosen by
     (see :mod:`mmr5_export.sensitivity`), None with any other; ``bytes`` of all tensors as stored,
-    ``bf16_bytes`` of the same without quantization.
+    ``bf16_bytes`` of the same without quantization; ``backends`` is what the manifest says of files
+    for other engines, by backend.
     """
 
     command: Sequence[str]
@@ -71,6 +73,7 @@ class Facts:
     bytes: int
     bf16_bytes: int
     sensitivity: Mapping[str, Mapping[str, float]] | None = None
+    backends: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def report_document(
@@ -95,6 +98,7 @@ def report_document(
         "sensitivity": facts.sensitivity,
         "layers": {name: dict(layer) for name, layer in facts.layers.items()},
         "worst_layers": list(worst),
+        "backends": {name: dict(found) for name, found in facts.backends.items()},
         "verification": None if evaluation is None else _verification(evaluation, threshold),
     }
 
@@ -111,19 +115,30 @@ def _verification(evaluation: Evaluation, threshold: Threshold | None) -> dict[s
 
 
 def manifest_report(document: Mapping[str, Any]) -> dict[str, Any]:
-    """What the manifest keeps of a report: SQNR and output error by linear, and the means."""
+    """What the manifest keeps of a report: the means, and by linear SQNR, output error and, where
+    it was calibrated, the largest input.
+    """
     layers, verification = document["layers"], document["verification"]
-    means = None
-    if verification is not None:
-        means = {
-            side: {key: value for key, value in verification[side].items() if key != "samples"}
-            for side in ("tokens", "ranks")
-        }
     return {
         "sqnr_db": {name: layer.get("sqnr_db") for name, layer in layers.items()},
         "output_error": {name: layer.get("error") for name, layer in layers.items()},
-        "verification": means,
+        "input_absmax": {
+            name: layer["input_absmax"] for name, layer in layers.items() if "input_absmax" in layer
+        },
+        "verification": None if verification is None else _means(verification),
         "unverified": document.get("unverified"),
+    }
+
+
+def verification_means(evaluation: Evaluation) -> dict[str, Any]:
+    """What verification found, without the samples one by one."""
+    return _means({"tokens": evaluation.tokens.to_json(), "ranks": evaluation.ranks.to_json()})
+
+
+def _means(verification: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        side: {key: value for key, value in verification[side].items() if key != "samples"}
+        for side in ("tokens", "ranks")
     }
 
 

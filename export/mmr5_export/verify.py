@@ -9,6 +9,9 @@ from statistics import median
 from typing import Any
 
 from mmr5_export.agreement import reference_name
+from mmr5_export.backends import TENSORRT
+from mmr5_export.estimate import gigabytes
+from mmr5_export.tensorrt_parts import ENGINE_FOLDER, POINTER
 from mmr5_runtime.artifact import Manifest
 
 
@@ -39,6 +42,16 @@ def summary_lines(manifest: Manifest) -> list[str]:
             f"SQNR of {summary.layers} quantized linears: median {summary.median_db:.1f} dB, "
             f"lowest {summary.lowest_db:.1f} dB ({summary.lowest_layer})"
         )
+    for name, backend in manifest.backends.items():
+        size = sum(manifest.files[file].size for file in backend.files)
+        lines.append(f"{name}: {len(backend.files)} files, {gigabytes(size)}; {backend.verified}")
+    if "engine" in tensorrt_targets(manifest):
+        lines.append(f"note: {POINTER}")
+        if not tensorrt_targets(manifest)["engine"]["built"]:
+            lines.append(
+                f"to build the engines, run {ENGINE_FOLDER.as_posix()}/build.sh where "
+                "TensorRT-LLM 1.2.1 is installed, on the GPU they are for"
+            )
     found = manifest.report.get("verification")
     if found is None:
         lines.append(f"not verified: {manifest.report.get('unverified')}")
@@ -55,6 +68,12 @@ def summary_lines(manifest: Manifest) -> list[str]:
         f"{_perplexity(tokens['reference_perplexity'])} -> {_perplexity(tokens['perplexity'])}"
     )
     return lines
+
+
+def tensorrt_targets(manifest: Manifest) -> Mapping[str, Any]:
+    """What the manifest says of every target that was written for TensorRT."""
+    backend = manifest.backends.get(TENSORRT)
+    return {} if backend is None else backend.facts["targets"]
 
 
 def _token_lines(calibration: Mapping[str, Any] | None) -> list[str]:
@@ -86,6 +105,7 @@ def export_document(manifest: Manifest, output: Path, seconds: float) -> dict[st
         "files": len(manifest.files),
         "tensors": len(manifest.tensors),
         "quantized_linears": len(manifest.formats),
+        "backends": {name: backend.verified for name, backend in manifest.backends.items()},
         "sqnr_db": None
         if summary is None
         else {

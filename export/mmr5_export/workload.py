@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mmr5_export.backends import chosen_parts
 from mmr5_export.calibration import encode_prompt
 from mmr5_export.checkpoint import Checkpoint
 from mmr5_export.estimate import (
@@ -21,10 +22,13 @@ from mmr5_export.estimate import (
     check_memory,
     estimate,
     gigabytes,
+    with_backends,
 )
 from mmr5_export.job import Job
 from mmr5_export.machine import available_memory, existing, measure_speed
 from mmr5_export.responses import GivenResponses, missing_answers
+from mmr5_export.tensorrt_parts import POINTER
+from mmr5_export.wish import Planned
 from mmr5_kernels.layout import INT8_WEIGHT_ONLY, Format
 from mmr5_runtime.spec import decoder_linear_shapes, linear_shapes, parameter_count
 
@@ -39,7 +43,7 @@ class Requirements:
     ``checkpoint_bytes`` of the latter are the checkpoint beside the engine. ``missing`` answers are
     neither in the data nor kept from before. ``answering`` is the format of the model that writes
     what the data does not have, None when it has all: bf16, or int8-weight-only where bf16 would
-    not fit on the device.
+    not fit on the device. ``backends`` is what files for other engines take, by part.
     """
 
     workload: Workload
@@ -49,6 +53,7 @@ class Requirements:
     needs: Needs
     missing: int
     answering: str | None
+    backends: Mapping[str, Planned] = field(default_factory=dict)
 
 
 def require(job: Job) -> Requirements:
@@ -81,9 +86,12 @@ def require(job: Job) -> Requirements:
     # Calibrated layers are kept in the journal until the engine is published.
     disk = engine_bytes * (2 if job.calibration else 1) + _DESCRIPTION_BYTES + needs.spill_bytes
     disk += sum(path.stat().st_size for path in job.copied)
+    parts = {part.name: part.plan(job.wish) for part in chosen_parts(job.options)}
+    disk += sum(planned.bytes for planned in parts.values())
+    needs = with_backends(needs, [planned.memory for planned in parts.values()], job.device)
     checkpoint = parameter_count(spec) * 2 if job.options.checkpoint_out else 0  # at most
     return Requirements(
-        work, engine_bytes, disk + checkpoint, checkpoint, needs, missing, answering
+        work, engine_bytes, disk + checkpoint, checkpoint, needs, missing, answering, parts
     )
 
 
@@ -168,6 +176,10 @@ def plan_lines(job: Job, required: Requirements) -> list[str]:
         *(f"  {count} linears {kind}" for kind, count in sorted(kinds.items())),
         f"  {dense} linears bf16",
         f"engine: {gigabytes(required.engine_bytes)} in {len(plan.stored)} tensors",
+        *(
+            f"{_part_name(name)}: about {gigabytes(planned.bytes)} in {', '.join(planned.files)}"
+            for name, planned in required.backends.items()
+        ),
         f"disk while working: {gigabytes(required.disk_bytes)}",
     ]
     if job.samples:
@@ -191,7 +203,13 @@ def plan_lines(job: Job, required: Requirements) -> list[str]:
     lines.append(f"time: very roughly {_duration(required.needs.seconds)}, on a device left alone")
     if job.unverified:
         lines.append(f"not verified: {job.unverified}")
+    if "engine" in required.backends:
+        lines.append(f"note: {POINTER}")
     return lines
+
+
+def _part_name(part: str) -> str:
+    return part if part == "onnxruntime" else f"tensorrt-llm, target {part}"
 
 
 def plan_document(job: Job, required: Requirements) -> dict[str, Any]:
@@ -205,6 +223,10 @@ def plan_document(job: Job, required: Requirements) -> dict[str, Any]:
         "formats": {name: format.name for name, format in job.plan().formats.items()},
         "methods": job.methods(),
         "engine_bytes": required.engine_bytes,
+        "backends": {
+            name: {"files": list(planned.files), "bytes": planned.bytes}
+            for name, planned in required.backends.items()
+        },
         "disk_bytes": required.disk_bytes,
         "memory_bytes": dict(needs.memory),
         "main_memory_bytes": dict(needs.host),

@@ -28,6 +28,7 @@ _DTYPE_NAMES = {
     torch.float16: "F16",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.int8: "I8",
+    torch.uint8: "U8",
     torch.int32: "I32",
     torch.int64: "I64",
 }
@@ -128,8 +129,8 @@ def sync(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Brings a folder and the files in it to the disk."""
-    for path in (*folder.iterdir(), folder):
+    """Brings a folder and everything below it to the disk."""
+    for path in (*folder.rglob("*"), folder):
         sync(path)
 
 
