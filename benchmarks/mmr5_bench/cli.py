@@ -18,6 +18,7 @@ from mmr5_bench import mteb_command as mteb
 from mmr5_bench import prove_command as prove
 from mmr5_bench import random_command as random
 from mmr5_bench import targets_command as targets
+from mmr5_bench.backends import command as backends
 from mmr5_bench.mmdocir import command as mmdocir
 from mmr5_bench.peers import command as peers
 from mmr5_bench.report import command as report
@@ -53,6 +54,12 @@ COMMANDS = (
         kernels.run,
     ),
     Command("prove", "which kernels are right on this GPU", prove.add_arguments, prove.run),
+    Command(
+        "backends",
+        "engines for a CPU against transformers, in one run",
+        backends.add_arguments,
+        backends.run,
+    ),
     Command("peers", "others on the same work, in the same run", peers.add_arguments, peers.run),
     Command(
         "random",

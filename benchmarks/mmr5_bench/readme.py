@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mmr5_bench.backends.table import backends_table, is_backends
 from mmr5_bench.evidence.document import KIND, load_evidence
 from mmr5_bench.evidence.tables import evidence_table
 from mmr5_bench.reuse_tables import reuse_table
@@ -51,7 +52,7 @@ def table_of(document: Mapping[str, Any], stem: str) -> tuple[str, str]:
     Evidence belongs between markers called as its file, ``stem``.
     """
     if document["kind"] == KIND:
-        return stem, evidence_table(document)
+        return stem, (backends_table if is_backends(document) else evidence_table)(document)
     name, make = TABLES[document["kind"]]
     return name, make(document)
 

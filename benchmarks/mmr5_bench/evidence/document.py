@@ -37,7 +37,8 @@ class Entry(TypedDict, total=False):
     :func:`~mmr5_bench.evidence.statistics.latency_summary` of it. ``quality`` has an Interval per
     metric and ``cases``, their number. ``pace_ms`` says how long a fixed piece of work took around
     each round (see ``pace``), where that was measured. ``ratios`` has each statistic over that of
-    the run's baseline, paired by list, where there is one.
+    the run's baseline, paired by list, where there is one; ``speedups`` says how many times as fast
+    it is, per rival and statistic.
     """
 
     name: Required[str]
@@ -57,6 +58,7 @@ class Entry(TypedDict, total=False):
     gpu: dict[str, Any] | None
     quality: dict[str, Any]
     ratios: dict[str, Interval]
+    speedups: dict[str, dict[str, Interval]]
     note: str
 
 

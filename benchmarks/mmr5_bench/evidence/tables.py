@@ -40,7 +40,7 @@ def _latency(entries: Sequence[Mapping[str, Any]]) -> str:
                 _share(quality.get("top1_agreement")),
             )
         )
-    return _markdown((*head, "Per token", "Recall@1", "First page = bf16"), rows, texts=5)
+    return markdown((*head, "Per token", "Recall@1", "First page = bf16"), rows, texts=5)
 
 
 def _peers(entries: Sequence[Mapping[str, Any]]) -> str:
@@ -61,7 +61,7 @@ def _peers(entries: Sequence[Mapping[str, Any]]) -> str:
                 _share(quality.get("recall@1")),
             )
         )
-    return _markdown((*head, "Same answers", "Recall@1"), rows, texts=2)
+    return markdown((*head, "Same answers", "Recall@1"), rows, texts=2)
 
 
 def _quality(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -73,7 +73,7 @@ def _quality(rows: Sequence[Mapping[str, Any]]) -> str:
         shown = (_fraction(quality.get(name)) for name in names)
         pages, cases = str(row["axes"].get("pages", "")), str(quality["cases"])
         cells.append((row["subject"], pages, cases, *shown))
-    return _markdown(head, cells, texts=1)
+    return markdown(head, cells, texts=1)
 
 
 def _origin(document: Mapping[str, Any]) -> str:
@@ -90,7 +90,8 @@ def _origin(document: Mapping[str, Any]) -> str:
     )
 
 
-def _markdown(head: Sequence[str], rows: Rows, texts: int) -> str:
+def markdown(head: Sequence[str], rows: Rows, texts: int) -> str:
+    """A table whose first ``texts`` columns are words, and the others numbers."""
     rule = [":--"] * texts + ["--:"] * (len(head) - texts)
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
 

@@ -25,28 +25,33 @@ from mmr5_runtime.reuse.config import CacheConfig
 from mmr5_runtime.types import EngineError
 
 Way = Literal["plain", "default"]
+Backend = Literal["native", "onnxruntime"]
 
 
 @dataclass(frozen=True)
 class OursPeer(Peer):
-    """An engine of ``quant``, asked in one ``way``."""
+    """An engine of ``quant``, asked in one ``way``, run by ``backend``."""
 
     quant: Quant
     way: Way = "plain"
+    backend: Backend = "native"
 
     @property
     def name(self) -> str:
-        return f"ours-{self.quant}" + ("" if self.way == "plain" else "-default")
+        backend = "" if self.backend == "native" else f"-{self.backend}"
+        return f"ours-{self.quant}" + ("" if self.way == "plain" else "-default") + backend
 
     def subject(self, setting: Setting) -> str:
         rounding = self._rounding(setting)
         parts = [] if rounding.get("method", "none") == "none" else [rounding["method"]]
         parts += [f"g{rounding['group']}"] if "group" in rounding else []
-        return " ".join(["ours", self.quant, *parts, self.way])
+        parts += [self.way] if self.backend == "native" else [self.way, "ONNX Runtime"]
+        return " ".join(["ours", self.quant, *parts])
 
     def axes(self, setting: Setting) -> dict[str, Any]:
         stop = "eos" if self.way == "plain" else "determined"
-        return {"quant": self.quant, "stop": stop, **self._rounding(setting)}
+        backend = {} if self.backend == "native" else {"backend": self.backend}
+        return {"quant": self.quant, "stop": stop, **self._rounding(setting), **backend}
 
     def _rounding(self, setting: Setting) -> dict[str, Any]:
         """Nothing where there is no engine, which :meth:`why_not` says."""
@@ -65,6 +70,8 @@ class OursPeer(Peer):
             except (EngineError, ValueError) as error:
                 return str(error)
             return None
+        if self.backend != "native":
+            return "random engines are made in memory and have no graphs; pass --engine instead"
         if self.quant not in QUANTS:
             return f"no random engine can be made in {self.quant}"
         if self.way == "default":
@@ -75,7 +82,7 @@ class OursPeer(Peer):
     def open(self, setting: Setting) -> Iterator[Session]:
         """Loads the folder, or draws the random engine; raises as ``Reranker.load`` does."""
         if setting.random is None:
-            loaded = _load(setting.engines[self.quant], setting)
+            loaded = _load(setting.engines[self.quant], setting, self.backend)
         else:
             loaded = random_engine(setting.random, self.quant, setting.device, setting.dtype)
         cache = CacheConfig.off() if self.way == "plain" else CacheConfig()
@@ -117,12 +124,13 @@ class OursSession:
         return Reading(self._prompt_tokens, found.prompt_ids, found.grids, found.pixels)
 
 
-def _load(folder: Path, setting: Setting) -> LoadedEngine:
+def _load(folder: Path, setting: Setting, backend: Backend) -> LoadedEngine:
     return load_engine(
         folder,
         device=setting.device,
-        dtype=setting.dtype,
+        dtype=setting.dtype if backend == "native" else "auto",  # its graphs say
         min_pixels=None,
         max_pixels=None,
         check_hashes=False,
+        backend=backend,
     )

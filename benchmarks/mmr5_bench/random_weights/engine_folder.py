@@ -6,7 +6,9 @@ For what starts from files: how long loading takes. 6.4 GB for int4 at the 7B's 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,10 +17,8 @@ from mmr5_bench.random_weights.shapes import (
     Quant,
     Shape,
     config_of,
-    first_special_id,
-    formats_of,
     generation_of,
-    spec_of,
+    load_formats,
 )
 from mmr5_bench.random_weights.tensors import RandomTensors
 from mmr5_bench.random_weights.tokens import WHOLE_WORDS, padded_tokenizer_json
@@ -29,6 +29,7 @@ from mmr5_runtime.artifact import file_sha256, tool_versions, write_manifest
 from mmr5_runtime.manifest import FileEntry, Manifest, Source, TemplateRef
 from mmr5_runtime.manifest import Quant as Stored
 from mmr5_runtime.prompt import DEFAULT_PROFILE, load_template
+from mmr5_runtime.spec import ModelSpec
 
 
 def write_random_engine(
@@ -38,7 +39,23 @@ def write_random_engine(
 
     OSError where the disk does not take it; ValueError for an unknown shape or quant.
     """
-    spec, formats = spec_of(shape), formats_of(shape, quant)
+    return write_engine_of(folder, config_of(shape), f"random {shape}", quant, device)
+
+
+def write_engine_of(
+    folder: Path,
+    config: Mapping[str, Any],
+    name: str,
+    quant: Quant,
+    device: torch.device | str = "cpu",
+) -> Path:
+    """:func:`write_random_engine` of the model that a ``config.json`` describes, called ``name``.
+
+    Special tokens begin at the config's ``bos_token_id``. Raises ValueError for an unknown quant.
+    """
+    generation = generation_of(config)
+    spec = ModelSpec.from_hf_config(config, generation)
+    formats = load_formats(spec, quant)
     plan = make_plan(spec, formats)
     folder.mkdir(parents=True)
     drawn = RandomTensors(spec, formats, device)
@@ -47,15 +64,17 @@ def write_random_engine(
             writer.write(tensor.name, drawn.get(tensor.name).cpu())
         writer.finish()
     texts = {
-        "tokenizer.json": padded_tokenizer_json(first_special_id(shape), WHOLE_WORDS),
-        "generation_config.json": json.dumps(generation_of(config_of(shape))),
+        "tokenizer.json": padded_tokenizer_json(config["bos_token_id"], WHOLE_WORDS),
+        "config.json": json.dumps(config),
+        "generation_config.json": json.dumps(generation),
+        "preprocessor_config.json": json.dumps(PREPROCESSOR),
     }
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+    for file, text in texts.items():
+        (folder / file).write_text(text, encoding="utf-8")
     template = load_template(DEFAULT_PROFILE)
     manifest = Manifest(
         created_by=tool_versions(),
-        source=Source(f"random {shape}", None, {}),
+        source=Source(name, None, {}),
         spec=spec,
         quant=Stored(quant, "random", formats),
         template=TemplateRef(template.name, template.sha256),

@@ -123,9 +123,14 @@ def first_special_id(shape: Shape) -> int:
 
 def formats_of(shape: Shape, quant: Quant) -> dict[str, Format]:
     """How ``mmr5-export --quant`` stores every linear that is not dense; ValueError for another."""
+    return load_formats(spec_of(shape), quant)
+
+
+def load_formats(spec: ModelSpec, quant: Quant) -> dict[str, Format]:
+    """:func:`formats_of` of any model; ValueError for an unknown quant."""
     if quant not in QUANTS:
         raise ValueError(f"quant {quant!r} is unknown; pass one of {', '.join(QUANTS)}")
-    return load_recipe(quant).formats(spec_of(shape))
+    return load_recipe(quant).formats(spec)
 
 
 def stored_bytes(shape: Shape, quant: Quant) -> int:

@@ -1,0 +1,1 @@
+"""Our engines and ``transformers`` on a CPU: prompts, decode steps, whole reranks."""
