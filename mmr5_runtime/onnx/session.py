@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +46,34 @@ def provider(device: torch.device) -> str:
     return name
 
 
+@cache
+def shared_threads() -> int | None:
+    """Threads of the pool that the sessions of this process share; None where there is none.
+
+    A pool of its own for each of three graphs would have the threads of two spin on the cores that
+    the third computes on: a step of two graphs took twice the time of both (docs/LOG.md). There can
+    be one shared pool in a process, and it keeps its size.
+    """
+    threads = torch.get_num_threads()
+    try:
+        runtime().set_global_thread_pool_sizes(threads, 1)
+    except Exception:  # somebody else has made it; how large is not said
+        return None
+    return threads
+
+
 def open_session(path: Path, device: torch.device) -> Any:
     """An ``InferenceSession`` on ``device``, with as many threads as torch uses.
 
     Raises :class:`EngineError` for a graph that cannot be loaded.
     """
     ort = runtime()
+    threads = torch.get_num_threads()
     options = ort.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.inter_op_num_threads = 1
+    if threads == shared_threads():
+        options.use_per_session_threads = False
+    else:
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3  # errors
     # Sizes differ from call to call, and remembered plans of memory would only pile up.
     options.enable_mem_pattern = False
