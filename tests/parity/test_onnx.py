@@ -40,6 +40,7 @@ from mmr5_runtime.types import ExportError
 TOLERANCE = 1e-4
 STEPS = 32
 SUMS = 2e-6  # relative error of a linear whose sums are ordered otherwise
+ONE_CODE = 2e-3  # and of one in which a code of the input was rounded the other way
 # Of a whole model in which a few codes were rounded the other way; 2.6e-2 is the most seen.
 ROUNDING = 5e-2
 CONFIGS = ["three_heads", "tied", "narrow_heads"]
@@ -188,7 +189,7 @@ def test_every_quantized_linear_is_its_golden(
     groups: dict[str, list[str]] = {_first_of_group(linear): [] for linear in formats}
     for linear in formats:
         groups[_first_of_group(linear)].append(linear)
-    generator = torch.Generator().manual_seed(2)
+    generator, worst = torch.Generator().manual_seed(2), list[Tensor]()
     for first, names in groups.items():
         graph = Graph("linear", OPSET, {CONTRIB: 1})
         columns = linear_shapes(spec, formats)[first][1]
@@ -200,11 +201,16 @@ def test_every_quantized_linear_is_its_golden(
         session = open_session(path, torch.device("cpu"))
         path.unlink()
         for rows in (1, 3, 17):
-            given = torch.randn(rows, columns, generator=generator) * torch.rand(columns)
+            size = torch.rand(columns, generator=generator)
+            given = torch.randn(rows, columns, generator=generator) * size
             given[-1, : columns // 2] = 0  # whole blocks of zeros
             expected = _native_linear(model, first)(given)
             found = torch.from_numpy(session.run(None, {"x": given.numpy()})[0])
-            assert (found - expected).norm() <= SUMS * expected.norm(), (first, rows)
+            errors = (found - expected).norm(dim=1) / expected.norm(dim=1)
+            worst.append(errors)
+            assert errors.max() <= ONE_CODE, (first, rows)
+    # A value next to a half may fall on either side of it: the reciprocal of a scale is not exact.
+    assert (torch.cat(worst) <= SUMS).double().mean() > 0.95
 
 
 def test_the_rounding_is_what_makes_the_difference(folder: Callable[[str], Path]) -> None:
