@@ -105,6 +105,7 @@ def test_a_document_that_no_table_shows_is_named(tmp_path: Path) -> None:
         ("mini-quantization", "README.md"),
         ("mini-latency", "README.md"),
         ("mini-peers", "README.md"),
+        ("backends-cpu", "README.md"),
         ("mini-reuse", "docs/reuse.md"),
     ],
 )
