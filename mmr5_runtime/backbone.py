@@ -69,5 +69,8 @@ class Backbone(Protocol):
         arena, one sequence after the other. There is room for them; the arenas then hold them.
         """
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states [M, hidden] -> [M, V] fp32."""
+    def logits(self, hidden: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """Hidden states [M, hidden] -> [M, V] fp32.
+
+        ``lengths`` are the rows of each sequence where there are several, as in :meth:`read`.
+        """

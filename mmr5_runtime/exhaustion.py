@@ -23,13 +23,7 @@ if TYPE_CHECKING:
     from mmr5_runtime.request import Request
 
 # How other allocators say it: the CPU's, page-locked memory, CUDA itself, cuBLAS and cuDNN.
-_SIGNS = (
-    "out of memory",
-    "can't allocate memory",
-    "cannot allocate memory",
-    "failed to allocate memory",  # ONNX Runtime
-    "alloc_failed",
-)
+_SIGNS = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
 
 
 def is_exhaustion(error: BaseException) -> bool:

@@ -23,6 +23,7 @@ _REMEDY = (
     "the weights are damaged or the model overflows in this arithmetic: load with "
     "verify_hashes=True, or with dtype='float32'"
 )
+_NATIVE = "backend='native', which names the part"
 
 
 @torch.no_grad()
@@ -36,7 +37,8 @@ def not_finite(model: Backbone, token_id: int, position: int, arena: KVArena) ->
         where = f"first in {place}" if place else "but not when that token was run again"
     else:
         where = f"first in {_in_arena(arena)}"
-    return EngineError(f"the logits are not finite, {where}; {_REMEDY}.")
+    remedy = _REMEDY if isinstance(model, Model) else _REMEDY.replace("dtype='float32'", _NATIVE)
+    return EngineError(f"the logits are not finite, {where}; {remedy}.")
 
 
 @torch.no_grad()

@@ -162,7 +162,8 @@ def load_engine(
             f"profile {template.profile} judges single pages and ranks none; load the engine with "
             f"profile='{DEFAULT_PROFILE}' and use plan='cascade'."
         )
-    where = resolve_device(device)
+    # Graphs run on the CPU also where there is a GPU.
+    where = resolve_device("cpu" if (device, backend) == ("auto", ONNXRUNTIME) else device)
     options = {"dtype": dtype, "kernels": kernels, "prefill": prefill, "kv": kv, "graphs": graphs}
     native_only = target is not None or onnx.native_option(options) is not None
     chosen = choose_backend(backend, path, manifest, where, native_only)

@@ -120,7 +120,8 @@ class Model(nn.Module):
             arena.commit(tokens)
         return hidden
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """All rows at once, whatever sequence they are of."""
         return self.decoder.logits(hidden)
 
 
@@ -238,7 +239,7 @@ def read_together(
     with model.here():
         hidden = model.read(torch.cat(list(embeds)), rotary, arenas, lengths)
     last = torch.tensor(lengths).cumsum(0) - 1
-    return model.logits(hidden[last.to(model.device)])
+    return model.logits(hidden[last.to(model.device)], [1] * len(lengths))
 
 
 @torch.no_grad()
@@ -257,8 +258,9 @@ def decode_step(
         arena.require(tokens)
     embeds = model.embed(upload(token_ids, model.device).flatten())
     rotary = upload(positions, model.device).flatten().expand(3, -1)
-    hidden = model.read(embeds, rotary, arenas, [tokens] * batch)
-    return model.logits(hidden).view(batch, tokens, -1)
+    lengths = [tokens] * batch
+    hidden = model.read(embeds, rotary, arenas, lengths)
+    return model.logits(hidden, lengths).view(batch, tokens, -1)
 
 
 def decode_shape(

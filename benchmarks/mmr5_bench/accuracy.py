@@ -79,7 +79,7 @@ def run_engine(
     """Results of one engine on the held-out lists of one size, on the CPU."""
     torch.set_num_threads(1)
     results = []
-    with Reranker.load(engine, "cpu", dtype=dtype) as reranker:
+    with Reranker.load(engine, "cpu", dtype=dtype, backend="native") as reranker:
         for case in held_out_cases(num_cases, num_pages, seed):
             pages = [render_page(p.topic, p.kind, p.seed) for p in case.pages]
             results.append(reranker.rerank(case.question, pages))

@@ -74,7 +74,7 @@ class EngineCrossEncoder:
         """
         folder = Path(model_name)
         self._manifest = read_manifest(folder)
-        self._reranker = Reranker.load(folder, device or "auto", dtype=dtype)
+        self._reranker = Reranker.load(folder, device or "auto", dtype=dtype, backend="native")
         self.options: RerankKeywords = options
         self.shuffle_seed = shuffle_seed
         self.info = self._reranker.info

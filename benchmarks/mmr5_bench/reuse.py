@@ -123,7 +123,7 @@ class Bench:
         return cls(engine, scale, Journal(journal, run))
 
     def load(self, cache: CacheConfig) -> Reranker:
-        return Reranker.load(self.engine, "cpu", dtype=DTYPE, cache=cache)
+        return Reranker.load(self.engine, "cpu", dtype=DTYPE, cache=cache, backend="native")
 
 
 def code_sha256() -> str:

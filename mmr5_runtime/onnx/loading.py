@@ -13,9 +13,10 @@ from mmr5_kernels.layout import Format
 from mmr5_runtime.artifact import Manifest, TensorReader
 from mmr5_runtime.compute import Compute
 from mmr5_runtime.engine import Engine
+from mmr5_runtime.exhaustion import memory_errors
 from mmr5_runtime.onnx.files import BACKEND, GRAPHS
 from mmr5_runtime.onnx.model import OnnxModel
-from mmr5_runtime.onnx.session import runtime
+from mmr5_runtime.onnx.session import processor, runtime
 from mmr5_runtime.spec import ModelSpec, decoder_linear_shapes, stored_tensors
 from mmr5_runtime.types import EngineError, RequestError
 
@@ -47,25 +48,39 @@ def check_options(options: Mapping[str, object]) -> None:
 def open_onnx(folder: Path, manifest: Manifest, device: torch.device) -> Engine:
     """The engine of a folder with graphs.
 
-    Raises :class:`EngineError` where the folder has none, ONNX Runtime is not installed or lacks
-    the device, or a graph does not load.
+    Raises :class:`EngineError` where the folder has none, the device is no CPU, ONNX Runtime is
+    missing or too old, or a graph does not load; :class:`OutOfMemoryError` where it does not fit.
     """
-    if BACKEND not in manifest.backends:
+    if not set(GRAPHS) <= set(manifest.files):
         raise EngineError(
             f"{folder} has no graphs for ONNX Runtime; export it with --backend onnxruntime, or "
             "pass backend='native'."
         )
-    with TensorReader(folder, manifest) as reader:
-        embed_tokens = reader.get("model.embed_tokens.weight").to(device, copy=True)
+    if device.type != "cpu":
+        raise EngineError(
+            f"the graphs of {folder} compute in float32 on a CPU, and {device} was asked for; pass "
+            "device='cpu', or backend='native'."
+        )
     read = step_bytes(manifest.spec, manifest.formats)
-    model = OnnxModel(folder, manifest.spec, embed_tokens, read, device)
-    return Engine(model, device, Compute.plain(device, model.dtype))
+    with TensorReader(folder, manifest) as reader, memory_errors(device, _shortage):
+        embed_tokens = reader.get("model.embed_tokens.weight").clone()
+        model = OnnxModel(folder, manifest.spec, embed_tokens, read)
+        return Engine(model, device, Compute.plain(device, model.dtype))
+
+
+def _shortage(free: int | None) -> str:
+    return (
+        "the weights do not fit into memory: ONNX Runtime keeps dense ones in fp32, and joins and "
+        "widens constants while it loads them; free memory, or load with backend='native', which "
+        "needs less."
+    )
 
 
 def identity(manifest: Manifest) -> dict[str, Any]:
     """What of this backend may change a bit of a result, for the engine's identity."""
     graphs = {name: manifest.files[name].sha256 for name in GRAPHS}
-    return {"backend": BACKEND, "onnxruntime": runtime().__version__, "graphs": graphs}
+    version = runtime().__version__
+    return {"backend": BACKEND, "onnxruntime": version, "graphs": graphs, **processor()}
 
 
 def rounds_activations(formats: Mapping[str, Format]) -> bool:

@@ -1,9 +1,9 @@
-"""The network in ONNX Runtime: three graphs over the memory of torch tensors.
+"""The network in ONNX Runtime: three graphs over the memory of torch tensors, on the CPU.
 
 Inputs, outputs and the arenas are torch's; ONNX Runtime is given their addresses and copies nothing
 of them. Keys and values of a layer are past and present at once: the same memory, which the graph
-extends in place. Several sequences run one after the other, since every arena is memory of its own;
-the numbers of one are therefore the same in any company.
+extends in place. Several sequences run one after the other, since every arena is memory of its own,
+and so does the head: the numbers of one are the same in any company.
 
 The graphs are described in ``mmr5_export.onnx``; what is asked of them here is their inputs and
 outputs.
@@ -12,69 +12,56 @@ outputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
 from mmr5_runtime.capacity import KVFormat
-from mmr5_runtime.decoder import here
 from mmr5_runtime.kvcache import KVArena
 from mmr5_runtime.onnx.files import DECODER, HEAD, VISION
-from mmr5_runtime.onnx.session import input_dtype, open_session
+from mmr5_runtime.onnx.session import bind, open_session, run
 from mmr5_runtime.onnx.windows import window_inputs
 from mmr5_runtime.rope import Grid, TextRotary, vision_rotary
 from mmr5_runtime.spec import ModelSpec
 from mmr5_runtime.vision import check_page
 
-_NUMPY = {
-    torch.float32: np.float32,
-    torch.float16: np.float16,
-    torch.int32: np.int32,
-    torch.int64: np.int64,
-}
+_CPU = torch.device("cpu")
 
 
 class OnnxModel:
-    """A :class:`~mmr5_runtime.backbone.Backbone` over the graphs of an engine folder."""
+    """A :class:`~mmr5_runtime.backbone.Backbone` over the graphs of an engine folder; fp32."""
 
-    kv: KVFormat = "bf16"
+    kv: KVFormat = "bf16"  # as they are computed
 
     def __init__(
-        self,
-        folder: Path,
-        spec: ModelSpec,
-        embed_tokens: Tensor,
-        step_bytes: int,
-        device: torch.device,
+        self, folder: Path, spec: ModelSpec, embed_tokens: Tensor, step_bytes: int
     ) -> None:
-        """``embed_tokens`` [V, hidden] of any float dtype, on the device.
+        """``embed_tokens`` [V, hidden] of any float dtype, on the CPU.
 
-        Raises :class:`EngineError` where ONNX Runtime or a graph is missing or does not load.
+        Raises :class:`EngineError` where ONNX Runtime or a graph is missing or does not load,
+        ``MemoryError`` where the weights do not fit.
         """
         self.spec = spec
-        self._device = device
         self._embed_tokens = embed_tokens
         self._step_bytes = step_bytes
-        self._rotary = TextRotary(spec.text, device)
-        self._decoder = open_session(folder / DECODER, device)
-        self._head = open_session(folder / HEAD, device)
-        self._vision = open_session(folder / VISION, device)
-        self._dtype = input_dtype(self._decoder, "embeds")
+        self._rotary = TextRotary(spec.text)
+        self._decoder = open_session(folder / DECODER)
+        self._head = open_session(folder / HEAD)
+        self._vision = open_session(folder / VISION)
         self._bindings: WeakKeyDictionary[KVArena, Any] = WeakKeyDictionary()
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._dtype
+        return torch.float32
 
     @property
     def device(self) -> torch.device:
-        return self._device
+        return _CPU
 
     @property
     def step_bytes(self) -> int:
@@ -85,31 +72,24 @@ class OnnxModel:
         return True
 
     def here(self) -> AbstractContextManager[object]:
-        return here(self._device)
+        return nullcontext()
 
     def new_arena(self, capacity: int) -> KVArena:
-        return KVArena(self.spec.text, capacity, self.dtype, self.device)
+        return KVArena(self.spec.text, capacity)
 
     def encode_page(self, pixel_values: Tensor, grid: Grid) -> Tensor:
         vision = self.spec.vision
         check_page(pixel_values, grid, vision)
         cos, sin = vision_rotary(grid, vision)
         windows, mask, places = window_inputs(grid, vision)
-        inputs = {
-            "pixels": pixel_values.to(self.dtype),
-            "cos": cos.to(self.dtype),
-            "sin": sin.to(self.dtype),
-            "windows": windows,
-            "window_mask": mask,
-            "places": places,
-        }
-        tokens = len(pixel_values) // vision.merge_unit
-        out = torch.empty(tokens, vision.out_hidden_size, dtype=self.dtype, device=self.device)
-        self._run(self._vision, inputs, {"embeddings": out})
+        inputs = {"pixels": pixel_values.to(_CPU, torch.float32), "cos": cos, "sin": sin}
+        inputs |= {"windows": windows, "window_mask": mask, "places": places}
+        out = torch.empty(len(pixel_values) // vision.merge_unit, vision.out_hidden_size)
+        run(self._vision, inputs, {"embeddings": out})
         return out
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        return embedding(token_ids, self._embed_tokens).to(self.dtype)
+        return embedding(token_ids, self._embed_tokens).float()
 
     def read(
         self,
@@ -119,8 +99,8 @@ class OnnxModel:
         lengths: Sequence[int],
     ) -> Tensor:
         """One sequence after the other; the arenas hold the rows when all have been run."""
-        cos, sin = (table.to(self.dtype) for table in self._rotary(positions))
-        hidden = torch.empty_like(embeds)
+        cos, sin = self._rotary(positions)
+        hidden = torch.empty(embeds.shape)
         parts = (rows.split(list(lengths)) for rows in (embeds, cos, sin, hidden))
         for arena, *rows in zip(arenas, *parts, strict=True):
             self._read_one(arena, *rows)
@@ -128,59 +108,27 @@ class OnnxModel:
             arena.advance(tokens)
         return hidden
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        size = (len(hidden), self.spec.text.vocab_size)
-        out = torch.empty(size, dtype=self.dtype, device=self.device)
-        self._run(self._head, {"hidden": hidden}, {"logits": out})
-        return out.float()
+    def logits(self, hidden: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        out = torch.empty(len(hidden), self.spec.text.vocab_size)
+        sizes = [len(hidden)] if lengths is None else list(lengths)
+        for rows, scores in zip(hidden.split(sizes), out.split(sizes), strict=True):
+            run(self._head, {"hidden": rows}, {"logits": scores})
+        return out
 
     def _read_one(
         self, arena: KVArena, embeds: Tensor, cos: Tensor, sin: Tensor, hidden: Tensor
     ) -> None:
         if arena not in self._bindings:
             self._bindings[arena] = self._bound_arena(arena)
-        keys = arena.length + len(embeds)
-        last_key = torch.tensor([keys - 1], dtype=torch.int32, device=self.device)
-        # The length of the whole is read by the host on every provider.
-        inputs = {"embeds": embeds, "cos": cos, "sin": sin, "last_key": last_key}
-        inputs["keys"] = torch.tensor([keys], dtype=torch.int32)
-        self._run(self._decoder, inputs, {"hidden": hidden}, self._bindings[arena])
+        keys = torch.tensor([arena.length + len(embeds)], dtype=torch.int32)
+        inputs = {"embeds": embeds, "cos": cos, "sin": sin, "last_key": keys - 1, "keys": keys}
+        run(self._decoder, inputs, {"hidden": hidden}, self._bindings[arena])
 
     def _bound_arena(self, arena: KVArena) -> Any:
         """A binding in which every layer's past and present are the arena's memory."""
         binding = self._decoder.io_binding()
         for index, (k, v) in enumerate(zip(arena.k, arena.v, strict=True)):
             for name, held in (("key", k), ("value", v)):
-                _bind(binding.bind_input, f"past_{name}.{index}", held[None])
-                _bind(binding.bind_output, f"present_{name}.{index}", held[None])
+                bind(binding.bind_input, f"past_{name}.{index}", held[None])
+                bind(binding.bind_output, f"present_{name}.{index}", held[None])
         return binding
-
-    def _run(
-        self,
-        session: Any,
-        inputs: dict[str, Tensor],
-        outputs: dict[str, Tensor],
-        binding: Any = None,
-    ) -> None:
-        """Runs a graph over the tensors' own memory, which is on the device unless it must not."""
-        binding = binding or session.io_binding()
-        # Held here while it runs: the binding knows addresses only.
-        held = [
-            value if name == "keys" else value.to(self.device).contiguous()
-            for name, value in inputs.items()
-        ]
-        for name, value in zip(inputs, held, strict=True):
-            _bind(binding.bind_input, name, value)
-        for name, value in outputs.items():
-            _bind(binding.bind_output, name, value)
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
-        session.run_with_iobinding(binding)
-        if self.device.type == "cuda":
-            binding.synchronize_outputs()
-
-
-def _bind(bind: Any, name: str, tensor: Tensor) -> None:
-    kind = _NUMPY.get(tensor.dtype, 16)  # numpy has no bfloat16, which ONNX numbers 16
-    device = tensor.device
-    bind(name, device.type, device.index or 0, kind, list(tensor.shape), tensor.data_ptr())

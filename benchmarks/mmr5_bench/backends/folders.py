@@ -7,7 +7,6 @@ takes no checkpoint. A folder is moved to its name when it is whole, and used ag
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,12 +14,10 @@ from mmr5_bench.backends.shapes import Shape
 from mmr5_bench.random_weights.engine_folder import write_engine_of
 from mmr5_bench.random_weights.shapes import Quant
 from mmr5_export import export
-from mmr5_export.onnx.ort import write_graphs
+from mmr5_export.onnx.ort import add_graphs
 from mmr5_export.options import ExportOptions
-from mmr5_runtime.artifact import FileEntry, file_sha256, read_manifest, write_manifest
-from mmr5_runtime.manifest import Backend
-
-ONNXRUNTIME = "onnxruntime"
+from mmr5_runtime.artifact import read_manifest
+from mmr5_runtime.onnx.files import BACKEND as ONNXRUNTIME
 
 
 def engine_folder(
@@ -47,16 +44,5 @@ def _write(folder: Path, shape: Shape, quant: Quant) -> Path:
         export(shape.name, quant, folder, ExportOptions())
     else:
         write_engine_of(folder, shape.config(), f"random {shape.name}", quant)
-    manifest = read_manifest(folder)
-    graphs = write_graphs(folder, manifest.spec, manifest.formats, manifest.tensors)
-    entries = {path.name: FileEntry(file_sha256(path), path.stat().st_size) for path in graphs}
-    added = Backend(tuple(entries), "held against transformers' logits before it is timed")
-    write_manifest(
-        folder,
-        replace(
-            manifest,
-            files={**manifest.files, **entries},
-            backends={**manifest.backends, ONNXRUNTIME: added},
-        ),
-    )
+    add_graphs(folder)
     return folder

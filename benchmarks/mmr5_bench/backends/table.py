@@ -50,7 +50,8 @@ def _stages(entries: Entries) -> str:
             )
         )
     legend = (
-        "Times: p50 / p95. ×: how many times as fast ONNX Runtime int4 is. Cosine: mean over "
+        "Times: p50 / p95; a step is the mean of three calls. ×: how many times as fast ONNX "
+        "Runtime int4 is. Cosine: mean over "
         "rounds of the contender whose logits agree least with transformers float32."
     )
     return f"{markdown((*head, 'Cosine'), rows, texts=2)}\n\n{legend}"

@@ -118,6 +118,7 @@ class Work:
             max_pixels=options.max_pixels,
             cache=CacheConfig() if options.cache == "on" else CacheConfig.off(),
             profile=options.profile,
+            backend="native",
         )
 
 

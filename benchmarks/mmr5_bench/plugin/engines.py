@@ -101,5 +101,5 @@ class Engines:
         if path not in self._loaded:
             self._recording.sources.add(source_name(path))
             device, dtype = self._recording.device, self._settings.dtype
-            self._loaded[path] = Reranker.load(path, device, dtype=dtype)
+            self._loaded[path] = Reranker.load(path, device, dtype=dtype, backend="native")
         return self._loaded[path]

@@ -62,7 +62,11 @@ def _reranks(mmr5_runtime: Any, options: argparse.Namespace) -> dict[str, float]
     pages = [_page(number) for number in range(options.pages)]
     start = time.perf_counter()
     reranker = mmr5_runtime.Reranker.load(
-        options.folder, options.device, dtype="bfloat16", kernels=options.kernels
+        options.folder,
+        options.device,
+        dtype="bfloat16",
+        kernels=options.kernels,
+        backend="native",
     )
     loaded = time.perf_counter()
     asking = {"max_new_tokens": options.written, "stop": "eos", "constrain": False}

@@ -148,8 +148,14 @@ class Graph:
         return self._constants[key]
 
     def external(self, name: str, dtype: int, shape: Sequence[int], place: Place) -> str:
-        """A tensor [shape] of ONNX's type ``dtype`` whose bytes lie in a file beside the graph."""
-        if name not in self._initializers:
+        """A tensor [shape] of ONNX's type ``dtype`` whose bytes lie in a file beside the graph.
+
+        Asked for again it is the same; ``ValueError`` for one of another type or shape.
+        """
+        there = self._initializers.get(name)
+        if there is not None and (there.data_type, list(there.dims)) != (dtype, list(shape)):
+            raise ValueError(f"{name} is in {self._name} with another type or shape.")
+        if there is None:
             tensor = TensorProto(name=name, data_type=dtype, dims=shape)
             tensor.data_location = TensorProto.EXTERNAL
             entries = (("location", place.file), ("offset", place.offset), ("length", place.length))

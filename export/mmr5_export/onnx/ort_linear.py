@@ -5,7 +5,7 @@ as fp32, signed codes as unsigned, fused linears side by side, packed zero point
 over constants, which ONNX Runtime computes once, as it loads the graph. How linears are multiplied:
 
 ============== =====================================================================================
-dense          ``Gemm`` in the graph's dtype
+dense          ``Gemm`` in fp32
 int4           ``MatMulNBits`` (com.microsoft) over the stored words: their bytes are its B
 int8 weights   ``MatMulNBits`` with 8 bits; where K is no multiple of 16, dequantized and ``Gemm``
 int8 W8A8      tokens to 8 bits, ``MatMulInteger``, scales: the arithmetic of ``linear_int8``
@@ -74,8 +74,10 @@ def activation_block(format: Format, columns: int) -> int | None:
 class GraphWeights:
     """Adds an engine's tensors and linears to a graph.
 
-    ``places`` says where each stored tensor lies; ``dtype`` is what the graph computes in.
+    ``places`` says where each stored tensor lies.
     """
+
+    dtype = torch.float32  # what the graph computes in: a CPU has fast kernels for nothing narrower
 
     def __init__(
         self,
@@ -83,14 +85,13 @@ class GraphWeights:
         spec: ModelSpec,
         formats: Mapping[str, Format],
         places: Mapping[str, Place],
-        dtype: torch.dtype = torch.float32,
     ) -> None:
-        self._graph, self._places, self.dtype = graph, places, dtype
+        self._graph, self._places = graph, places
         self._formats, self._shapes = formats, linear_shapes(spec, formats)
         self._stored = stored_tensors(spec, formats)
 
     def tensor(self, name: str, shape: Sequence[int] | None = None) -> str:
-        """A dense tensor in the graph's dtype, as stored or seen with another ``shape``."""
+        """A dense tensor in fp32, as stored or seen with another ``shape``."""
         stored, dtype = self._stored[name]
         value = self._graph.external(name, tensor_type(dtype), shape or stored, self._places[name])
         return self._cast(value)
@@ -182,18 +183,17 @@ class GraphWeights:
         codes = self._part(names, "weight", format, columns, (columns,))
         codes = graph.node("BitwiseXor", codes, self._byte(_SIGN))
         codes = graph.node("Transpose", codes, perm=[1, 0])
-        wide = x if self.dtype == torch.float32 else graph.node("Cast", x, to=TensorProto.FLOAT)
-        top = graph.node("ReduceMax", graph.node("Abs", wide), graph.constant([-1]), keepdims=1)
+        top = graph.node("ReduceMax", graph.node("Abs", x), graph.constant([-1]), keepdims=1)
         step = graph.node("Div", top, graph.constant(float(INT8_MAX)))
         still = graph.node("Equal", step, graph.constant(0.0))
         step = graph.node("Where", still, graph.constant(1.0), step)
-        rounded = graph.node("Round", graph.node("Div", wide, step))
+        rounded = graph.node("Round", graph.node("Div", x, step))
         shifted = graph.node("Add", rounded, graph.constant(float(_ZERO_POINT)))
         zero = self._byte(_ZERO_POINT)
         inputs = graph.node("Cast", shifted, to=TensorProto.UINT8)
         total = graph.node("MatMulInteger", inputs, codes, zero, zero)
         y = graph.node("Mul", graph.node("Cast", total, to=TensorProto.FLOAT), step)
-        y = graph.node("Mul", self._cast(y), graph.node("Reshape", scale, graph.constant([-1])))
+        y = graph.node("Mul", y, graph.node("Reshape", scale, graph.constant([-1])))
         return y if bias is None else graph.node("Add", y, bias)
 
     def _dequantized(self, names: Sequence[str], scale: str) -> str:
