@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from helpers.tiny import make_hf_model, tiny_configs, write_checkpoint  # noqa: E402
+from mmr5_runtime.backends import BackendName  # noqa: E402
 
 # pytest-benchmark would switch itself off in the runs that tests of the benchmark plugin start.
 os.environ.pop("PYTEST_XDIST_WORKER", None)
@@ -37,8 +38,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
-def backend(request: pytest.FixtureRequest) -> str:
-    """What the engines of a test are loaded by; an engine with graphs is loaded by those."""
+def backend(request: pytest.FixtureRequest) -> BackendName:
+    """What a test loads its engines with, in so many words; their folders have what it takes."""
     return getattr(request, "param", "native")
 
 
@@ -52,10 +53,11 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_engine(
-    tiny_checkpoint: Path, backend: str, tmp_path_factory: pytest.TempPathFactory
+    tiny_checkpoint: Path, backend: BackendName, tmp_path_factory: pytest.TempPathFactory
 ) -> EngineFactory:
     """Engine folder of the tiny checkpoint by quantization name."""
-    from helpers.exporting import add_graphs, quick_export  # not before an engine is asked for
+    from helpers.exporting import quick_export  # not before an engine is asked for
+    from mmr5_export.onnx.ort import add_graphs
 
     made: dict[str, Path] = {}
 

@@ -14,6 +14,8 @@ from PIL import Image
 from mmr5_runtime.cli import main
 
 EngineFactory = Callable[[str], Path]
+Call = Callable[..., int]
+BACKENDS = ("native", "onnxruntime")
 QUESTION = "Which page shows the rainfall?"
 
 
@@ -27,32 +29,41 @@ def pages(tmp_path: Path) -> list[str]:
     return names
 
 
-def _call(engine: Path, *arguments: str) -> int:
-    return main(["--engine", str(engine), "--device", "cpu", "--max-new-tokens", "12", *arguments])
+@pytest.fixture
+def call(tiny_engine: EngineFactory, backend: str) -> Call:
+    """The command with the tiny engine of a quantization; its exit code."""
+
+    def run(quant: str, *arguments: str) -> int:
+        options = ["--device", "cpu", "--backend", backend, "--max-new-tokens", "12"]
+        return main(["--engine", str(tiny_engine(quant)), *options, *arguments])
+
+    return run
 
 
 def test_text_output(
-    tiny_engine: EngineFactory, pages: list[str], capsys: pytest.CaptureFixture[str]
+    call: Call, backend: str, pages: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert _call(tiny_engine("int4"), QUESTION, *pages) == 0
+    assert call("int4", QUESTION, *pages) == 0
     out = capsys.readouterr().out
     for word in ("Reasoning", "Ranking", "Status", "Stop reason", "Timings ms"):
         assert word in out
     assert all(f"page-{index}.png" in out for index in range(3))
+    assert f"Backend      {backend}\n" in out
 
 
 def test_options_may_stand_between_the_question_and_the_pages(
-    tiny_engine: EngineFactory, pages: list[str], capsys: pytest.CaptureFixture[str]
+    tiny_engine: EngineFactory, backend: str, pages: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--engine", str(tiny_engine("int4")), "--device", "cpu", "--max-new-tokens", "3"]
+    options += ["--backend", backend]
     assert main([QUESTION, *options, "--json", *pages]) == 0
     assert json.loads(capsys.readouterr().out)["usage"]["pages"] == 3
 
 
 def test_json_is_one_document(
-    tiny_engine: EngineFactory, pages: list[str], capsys: pytest.CaptureFixture[str]
+    call: Call, pages: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert _call(tiny_engine("int8"), QUESTION, *pages, "--json", "--top-k", "2") == 0
+    assert call("int8", QUESTION, *pages, "--json", "--top-k", "2") == 0
     out = capsys.readouterr().out
     document = json.loads(out)
     assert out.count("\n") == 1
@@ -62,26 +73,26 @@ def test_json_is_one_document(
 
 
 def test_stream_shows_the_reasoning_once(
-    tiny_engine: EngineFactory, pages: list[str], capsys: pytest.CaptureFixture[str]
+    call: Call, pages: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert _call(tiny_engine("bf16"), QUESTION, *pages, "--json") == 0
+    assert call("bf16", QUESTION, *pages, "--json") == 0
     reasoning = json.loads(capsys.readouterr().out)["reasoning"]
-    assert _call(tiny_engine("bf16"), QUESTION, *pages, "--stream") == 0
+    assert call("bf16", QUESTION, *pages, "--stream") == 0
     out = capsys.readouterr().out
     assert out.startswith(reasoning + "\n\n") and "Reasoning" not in out
-    assert _call(tiny_engine("bf16"), QUESTION, *pages, "--stream", "--json") == 0
+    assert call("bf16", QUESTION, *pages, "--stream", "--json") == 0
     captured = capsys.readouterr()
     assert captured.err.startswith(reasoning)
     assert json.loads(captured.out)["reasoning"] == reasoning
 
 
 def test_pdf_pages_are_candidates(
-    tiny_engine: EngineFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sheets = [Image.new("RGB", (60, 84), (90 * i, 0, 0)) for i in range(2)]
     sheets[0].save(tmp_path / "report.pdf", save_all=True, append_images=sheets[1:])
     arguments = (QUESTION, "--pdf", str(tmp_path / "report.pdf"), "--max-pixels", "7840", "--json")
-    assert _call(tiny_engine("bf16"), *arguments) == 0
+    assert call("bf16", *arguments) == 0
     assert json.loads(capsys.readouterr().out)["usage"]["pages"] == 2
 
 
@@ -97,14 +108,14 @@ def test_pdf_pages_are_candidates(
     ],
 )
 def test_errors_are_one_line(
-    tiny_engine: EngineFactory,
+    call: Call,
     pages: list[str],
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
     message: str,
 ) -> None:
     filled = [argument.format(page=pages[0]) for argument in arguments]
-    assert _call(tiny_engine("bf16"), *filled) == 1
+    assert call("bf16", *filled) == 1
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1
     assert captured.err.startswith("mmr5-rerank: error: ") and message in captured.err

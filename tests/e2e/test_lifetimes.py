@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 
 from helpers.pictures import noise
-from helpers.reading import MAX_PIXELS, QUESTION
+from helpers.reading import MAX_PIXELS, QUESTION, open_reranker
 from mmr5_runtime import Reranker
+from mmr5_runtime.backends import BackendName
 from mmr5_runtime.bank import PageBank
 from mmr5_runtime.kvcache import KVArena
+from mmr5_runtime.onnx.model import OnnxModel
 
+BACKENDS = ("native", "onnxruntime")
 PAGES = [noise(56, 56, seed) for seed in range(12)]  # more than nine: an id may begin another
 
 
@@ -23,12 +26,13 @@ PAGES = [noise(56, 56, seed) for seed in range(12)]  # more than nine: an id may
 def reranker(
     request: pytest.FixtureRequest,
     tiny_engine: Callable[[str], Path],
+    backend: BackendName,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Reranker]:
     """With no pages prepared ahead, as on a CPU, and with two."""
     for module in ("bank", "memory"):
         monkeypatch.setattr(f"mmr5_runtime.{module}.pages_ahead", lambda device: request.param)
-    with Reranker.load(tiny_engine("int4"), "cpu", max_pixels=MAX_PIXELS) as loaded:
+    with open_reranker(tiny_engine("int4"), backend, max_pixels=MAX_PIXELS) as loaded:
         loaded.rerank("warm?", PAGES[:1], max_new_tokens=2)
         yield loaded
 
@@ -61,6 +65,8 @@ def test_a_request_leaves_neither_arena_nor_pages(
     result = reranker.rerank(QUESTION, PAGES, max_new_tokens=6, **options)
     alive = [thing for ref in made if (thing := ref()) is not None]
     assert result.order and made and alive == []
+    model = reranker._require_loaded().engine.model
+    assert not (isinstance(model, OnnxModel) and model._bindings)
 
 
 def test_a_stream_that_is_closed_early_leaves_nothing(
@@ -70,3 +76,19 @@ def test_a_stream_that_is_closed_early_leaves_nothing(
     next(events)
     events.close()
     assert made and all(ref() is None for ref in made)
+
+
+def test_closing_lets_go_of_the_model_and_its_sessions(
+    tiny_engine: Callable[[str], Path], backend: BackendName, made: list[weakref.ref[Any]]
+) -> None:
+    reranker = open_reranker(tiny_engine("int4"), backend, max_pixels=MAX_PIXELS)
+    reranker.rerank(QUESTION, PAGES[:2], max_new_tokens=2)
+    model: Any = reranker._require_loaded().engine.model
+    parts = [model]
+    if isinstance(model, OnnxModel):
+        parts += [model._decoder, model._head, model._vision]
+    held = [weakref.ref(part) for part in parts]
+    del model, parts
+    assert all(ref() is not None for ref in held)
+    reranker.close()
+    assert all(ref() is None for ref in held)

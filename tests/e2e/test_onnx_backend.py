@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ast
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from helpers.exporting import add_graphs, quick_export
-from helpers.reading import QUESTION, load, png_pages
-from mmr5_runtime import CacheConfig, EngineError, RequestError, Reranker
+import mmr5_bench
+from helpers.exporting import quick_export
+from helpers.reading import (
+    MAX_PIXELS,
+    QUESTION,
+    load,
+    open_reranker,
+    png_pages,
+    same_answer,
+)
+from mmr5_export.onnx.ort import add_graphs
+from mmr5_runtime import CacheConfig, EngineError, RequestError, Reranker, RerankResult
 from mmr5_runtime.artifact import read_manifest
 from mmr5_runtime.backends import BackendName
+from mmr5_runtime.cursor import Cursor
+from mmr5_runtime.kvcache import KVArena
 from mmr5_runtime.loading import LoadedEngine, load_engine
-from mmr5_runtime.model import Model
-from mmr5_runtime.onnx import session
+from mmr5_runtime.model import Model, prefill, read_together
 from mmr5_runtime.onnx.files import DECODER, GRAPHS
-from mmr5_runtime.onnx.loading import step_bytes
-from mmr5_runtime.onnx.model import OnnxModel
+from mmr5_runtime.onnx.loading import open_onnx, step_bytes
 from mmr5_runtime.onnx.windows import window_inputs
 from mmr5_runtime.types import ContextOverflowError
 
@@ -31,6 +46,12 @@ EngineFactory = Callable[[str], Path]
 def _load(folder: Path, backend: str = "auto", **options: Any) -> LoadedEngine:
     given: dict[str, Any] = {"device": "cpu", "dtype": "auto", "check_hashes": False, **options}
     return load_engine(folder, min_pixels=None, max_pixels=None, backend=backend, **given)
+
+
+def _step(loaded: LoadedEngine, ids: Tensor, arenas: Sequence[KVArena]) -> Tensor:
+    """Logits [B, T, V] of ids [B, T], each sequence at the end of its arena."""
+    starts = torch.tensor([[arena.length] for arena in arenas])
+    return loaded.engine.step(ids, starts + torch.arange(ids.shape[1]), arenas)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +72,9 @@ def engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> E
 def test_auto_takes_graphs_for_quantized_engines_on_a_cpu(
     engine: EngineFactory, tiny_engine: EngineFactory
 ) -> None:
-    for quant, expected in (("int4", "onnxruntime"), ("int8", "onnxruntime"), ("bf16", "native")):
+    faster = {"int4": True, "int8": True, "int8-weight-only": False, "bf16": False}
+    for quant, known in faster.items():
+        expected = "onnxruntime" if known else "native"
         found = _load(engine(quant))
         assert found.backend == found.info.backend == expected
         assert isinstance(found.engine.model, Model) == (expected == "native")
@@ -62,12 +85,23 @@ def test_auto_takes_graphs_for_quantized_engines_on_a_cpu(
     assert _load(engine("int4"), dtype="float32", kernels="portable").backend == "onnxruntime"
 
 
-def test_auto_without_the_package_is_native_and_says_so(
-    engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("there", "remedy"),
+    [(None, r"install mmr5-runtime\[onnxruntime\]"), ("1.30.2", "1.30.2 is too old .*>=1.31")],
+)
+def test_without_a_package_that_can_auto_is_native_and_says_so(
+    engine: EngineFactory, monkeypatch: pytest.MonkeyPatch, there: str | None, remedy: str
 ) -> None:
-    monkeypatch.setattr(session, "PACKAGE", "no_such_onnxruntime")
-    with pytest.warns(RuntimeWarning, match=r"install mmr5-runtime\[onnxruntime\]"):
-        assert _load(engine("int4")).backend == "native"
+    if there is None:
+        monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as where it is not installed
+    else:
+        monkeypatch.setattr("onnxruntime.__version__", there)
+    with pytest.warns(RuntimeWarning, match=remedy) as caught:
+        with Reranker.load(engine("int4"), "cpu") as reranker:
+            assert reranker.info.backend == "native"
+    assert caught[0].filename == __file__
+    with pytest.raises(EngineError, match=f"{remedy}.* backend='native'"):
+        Reranker.load(engine("int4"), "cpu", backend="onnxruntime")
 
 
 @pytest.mark.parametrize(
@@ -105,13 +139,10 @@ def test_a_graph_that_is_damaged(tiny_checkpoint: Path, tmp_path: Path) -> None:
         _load(folder, "onnxruntime")
 
 
-def test_a_package_without_the_provider() -> None:
-    import onnxruntime
-
-    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        pytest.skip("this onnxruntime has the CUDA provider")
-    with pytest.raises(EngineError, match="has no CUDAExecutionProvider .* onnxruntime-gpu"):
-        session.provider(torch.device("cuda"))
+def test_another_device(engine: EngineFactory) -> None:
+    folder = engine("int4")
+    with pytest.raises(EngineError, match="float32 on a CPU, and cuda was asked for"):
+        open_onnx(folder, read_manifest(folder), torch.device("cuda"))
 
 
 def test_engines_of_one_folder_do_not_share_what_they_computed(
@@ -132,36 +163,113 @@ def test_engines_of_one_folder_do_not_share_what_they_computed(
 
 
 def test_the_arena_is_written_in_place_and_overflows_as_ever(engine: EngineFactory) -> None:
-    loaded = load(engine("int4"))
-    model = loaded.engine.model
-    assert isinstance(model, OnnxModel)
-    arena = model.new_arena(6)
+    loaded = load(engine("int4"), backend="onnxruntime")
+    arena = loaded.engine.model.new_arena(6)
     place = arena.k.data_ptr()
     ids = torch.tensor([[5, 6, 7, 8, 9]])
-    loaded.engine.step(ids, torch.arange(5)[None], [arena])
+    _step(loaded, ids, [arena])
     assert arena.length == 5 and arena.k.data_ptr() == place
     assert bool(arena.k[:, :, :5].any(-1).all()) and not arena.k[:, :, 5].any()
     with pytest.raises(ContextOverflowError):
-        loaded.engine.step(ids[:, :2], torch.arange(5, 7)[None], [arena])
+        _step(loaded, ids[:, :2], [arena])
     assert arena.length == 5 and not arena.k[:, :, 5].any()
 
 
-def test_sequences_of_one_step_do_not_touch_each_other(engine: EngineFactory) -> None:
-    loaded = load(engine("int4"))
-    model, ids = loaded.engine.model, torch.tensor([[5, 6], [7, 8], [9, 10]])
-    positions = torch.arange(2).expand(3, 2)
-    together = [model.new_arena(4 + i) for i in range(3)]
-    rows = loaded.engine.step(ids, positions, together)
-    for i in range(3):
-        alone = model.new_arena(9)
-        logits = loaded.engine.step(ids[i : i + 1], positions[:1], [alone])
-        assert torch.equal(logits[0], rows[i])
-        assert torch.equal(alone.view(0, 2)[0], together[i].view(0, 2)[0])
+@pytest.mark.parametrize("tokens", [1, 2, 8])
+@pytest.mark.parametrize("quant", ["int4", "int8", "bf16"])
+def test_sequences_of_one_step_do_not_touch_each_other(
+    engine: EngineFactory, quant: str, tokens: int
+) -> None:
+    loaded = load(engine(quant), backend="onnxruntime")
     assert loaded.engine.independent_sequences
+    generator = torch.Generator().manual_seed(tokens)
+    behind = (0, 1, 5, 6)
+    ids = torch.randint(5, 400, (len(behind), tokens), generator=generator)
+
+    def started(length: int, capacity: int) -> KVArena:
+        arena = loaded.engine.model.new_arena(capacity)
+        if length:
+            _step(loaded, torch.arange(20, 20 + length)[None], [arena])
+        return arena
+
+    together = [started(length, 14 + i) for i, length in enumerate(behind)]
+    rows = _step(loaded, ids, together)
+    for i, length in enumerate(behind):
+        alone = started(length, 30)
+        assert torch.equal(_step(loaded, ids[i : i + 1], [alone])[0], rows[i])
+        ours, others = (arena.view(0, length + tokens) for arena in (alone, together[i]))
+        assert all(torch.equal(a, b) for a, b in zip(ours, others, strict=True))
+
+
+@pytest.mark.parametrize("quant", ["int4", "int8", "bf16"])
+def test_prompts_read_together_are_those_read_alone(engine: EngineFactory, quant: str) -> None:
+    model = load(engine(quant), backend="onnxruntime").engine.model
+    lengths = (9, 1, 17)
+    embeds = [model.embed(torch.arange(7, 7 + length)) for length in lengths]
+    places = [torch.arange(length).expand(3, -1) for length in lengths]
+    rows = read_together(model, embeds, places, [model.new_arena(20) for _ in lengths])
+    for i, row in enumerate(rows):
+        assert torch.equal(prefill(model, embeds[i], places[i], model.new_arena(40)), row)
+
+
+def test_a_step_that_fails_for_its_second_sequence(engine: EngineFactory) -> None:
+    """The first has been run by then; arenas and their bindings are usable as before."""
+    loaded = load(engine("int4"), backend="onnxruntime")
+    model = loaded.engine.model
+    one, twin, full = (model.new_arena(capacity) for capacity in (9, 9, 3))
+    foreign = KVArena(replace(model.spec.text, num_layers=1), 9)  # of another model
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    for arena in (one, twin, full):
+        _step(loaded, ids[:1], [arena])
+    with pytest.raises(ContextOverflowError):
+        _step(loaded, ids, [one, full])
+    with pytest.raises(EngineError, match="onnxruntime failed in a graph .*past_key.1"):
+        _step(loaded, ids + 20, [one, foreign])
+    with pytest.raises(IndexError):  # an id that the model does not have
+        _step(loaded, ids[:1] + model.spec.text.vocab_size, [one])
+    assert (one.length, full.length, foreign.length) == (3, 3, 0)
+    for _ in range(2):
+        assert torch.equal(_step(loaded, ids[1:], [one]), _step(loaded, ids[1:], [twin]))
+    assert torch.equal(one.k, twin.k) and torch.equal(one.v, twin.v)
+
+
+@pytest.mark.parametrize("quant", ["int4", "int8", "bf16"])
+def test_answers_of_the_model_itself_in_company(
+    engine: EngineFactory, quant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A random model begins no list by itself; told to, it goes on by its own logits."""
+    asked: list[dict[str, Any]] = [
+        {"think": "off", "stop": "tag"},
+        {"think": "off", "stop": "tag", "temperature": 0.7, "seed": 3},
+        {"stop": "eos", "constrain": False},
+        {"think": 6, "stop": "tag"},
+    ]
+    options: dict[str, Any] = {"max_pixels": MAX_PIXELS, "cache": CacheConfig.off()}
+
+    def ask(reranker: Reranker, n: int) -> RerankResult:
+        return reranker.rerank(f"Question {n}?", png_pages(4, n), max_new_tokens=24, **asked[n])
+
+    with open_reranker(engine(quant), "onnxruntime", **options) as single:
+        alone = [ask(single, n) for n in range(len(asked))]
+    everyone, together = threading.Barrier(len(asked)), Cursor.together
+
+    def wait(cursor: Cursor) -> Any:
+        everyone.wait(60.0)
+        return together(cursor)
+
+    monkeypatch.setattr(Cursor, "together", wait)
+    many = open_reranker(engine(quant), "onnxruntime", concurrency=len(asked), **options)
+    with many, ThreadPoolExecutor(len(asked)) as pool:
+        found = list(pool.map(lambda n: ask(many, n), range(len(asked)), timeout=60.0))
+        assert many._batcher is not None and many._batcher.passes < many._batcher.steps / 2
+    for n, (one, other) in enumerate(zip(found, alone, strict=True)):
+        assert same_answer(one, other) and one.exactness == other.exactness
+        assert bool(one.list_logprob) == (n != 2)
+    assert found[2].exactness == "bit_identical"
 
 
 def test_logits_that_are_no_numbers_name_a_layer(engine: EngineFactory) -> None:
-    loaded = load(engine("int4"))
+    loaded = load(engine("int4"), backend="onnxruntime")
     arena = loaded.engine.model.new_arena(8)
     loaded.engine.step(torch.tensor([[5, 6]]), torch.arange(2)[None], [arena])
     arena.v[1, 0, 1, 3] = float("nan")
@@ -199,3 +307,16 @@ def test_graphs_are_named_in_the_manifest(engine: EngineFactory) -> None:
     manifest = read_manifest(engine("int4"))
     assert set(manifest.backends["onnxruntime"].files) == set(GRAPHS)
     assert not set(GRAPHS) & set(manifest.native_files)
+
+
+def test_benchmarks_say_which_engine_they_measure() -> None:
+    """A folder with graphs would give them other numbers under the native engine's name."""
+    calls = [
+        (path.name, call)
+        for path in Path(mmr5_bench.__path__[0]).rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call) and ast.unparse(call.func).endswith("Reranker.load")
+    ]
+    assert len(calls) > 4
+    for name, call in calls:
+        assert "backend" in [keyword.arg for keyword in call.keywords], name

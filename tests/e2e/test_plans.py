@@ -14,7 +14,16 @@ from PIL import Image
 from torch import Tensor
 
 from helpers.pictures import noise
-from helpers.reading import MAX_PIXELS, QUESTION, AfterChecks, Fresh, load, png_pages, remember
+from helpers.reading import (
+    QUESTION,
+    AfterChecks,
+    Fresh,
+    load,
+    open_reranker,
+    png_pages,
+    remember,
+    skip_unless_native,
+)
 from mmr5_bench.minidocs.lists import held_out_cases
 from mmr5_bench.minidocs.pages import render_page
 from mmr5_runtime import (
@@ -22,22 +31,28 @@ from mmr5_runtime import (
     ContextOverflowError,
     ReasoningDelta,
     RequestError,
-    Reranker,
     RerankResult,
 )
+from mmr5_runtime.backends import BackendName
 from mmr5_runtime.engine import Engine
 from mmr5_runtime.kvcache import KVArena
 from mmr5_runtime.lists.plans import Plan as WindowPlan
 from mmr5_runtime.lists.plans import anchored, sliding, tournament
+from mmr5_runtime.loading import LoadedEngine
 from mmr5_runtime.model import read_together
 from mmr5_runtime.options import RerankOptions
-from mmr5_runtime.request import open_request
+from mmr5_runtime.request import Request, open_request
 from mmr5_runtime.serving import serve
 from mmr5_runtime.types import EngineError, StreamEvent
 
 EngineFactory = Callable[[str], Path]
 BACKENDS = ("native", "onnxruntime")
 SHORT: dict[str, Any] = {"max_new_tokens": 4}
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_engine: EngineFactory, backend: str) -> LoadedEngine:
+    return load(tiny_engine("int4"), backend=backend)
 
 
 def _small(count: int, seed: int = 0) -> list[Image.Image]:
@@ -131,7 +146,7 @@ def test_reasoning_of_all_windows_is_streamed(fresh: Fresh) -> None:
 # What comes out.
 
 
-def test_plans_put_together_what_their_windows_say(mini_int4: Path) -> None:
+def test_plans_put_together_what_their_windows_say(mini_int4: Path, backend: BackendName) -> None:
     """Each window again as a list of its own, and the plan replayed over these answers."""
     [case] = held_out_cases(1, 8, seed=31)
     pages = [render_page(p.topic, p.kind, p.seed) for p in case.pages]
@@ -141,7 +156,8 @@ def test_plans_put_together_what_their_windows_say(mini_int4: Path) -> None:
         (tournament(8, 4), {"plan": "tournament", "window": 4}),
     ]
     ranked = 0
-    with Reranker.load(mini_int4, "cpu") as planned, Reranker.load(mini_int4, "cpu") as single:
+    planned, single = (open_reranker(mini_int4, backend) for _ in range(2))
+    with planned, single:
         for plan, options in plans:
             result = planned.rerank(case.question, pages, **options)
             answers = {}
@@ -164,10 +180,10 @@ def test_plans_put_together_what_their_windows_say(mini_int4: Path) -> None:
     assert ranked >= 3  # the model did change orders
 
 
-def test_top_k_of_a_plan_is_the_first_k_of_the_whole(mini_int4: Path) -> None:
+def test_top_k_of_a_plan_is_the_first_k_of_the_whole(mini_int4: Path, backend: BackendName) -> None:
     [case] = held_out_cases(1, 6, seed=8)
     pages = [render_page(p.topic, p.kind, p.seed) for p in case.pages]
-    with Reranker.load(mini_int4, "cpu") as reranker:
+    with open_reranker(mini_int4, backend) as reranker:
         options: dict[str, Any] = {"plan": "sliding", "window": 4, "stride": 2}
         whole = reranker.rerank(case.question, pages, **options)
         short = reranker.rerank(case.question, pages, top_k=1, **options)
@@ -258,27 +274,23 @@ def test_drafts_of_an_engine_that_rounds_activations_are_no_promise(
         assert result.exactness == exactness
 
 
-def test_drafts_over_rounded_keys_and_values_are_no_promise(tiny_engine: EngineFactory) -> None:
+def test_drafts_over_rounded_keys_and_values_are_no_promise(fresh: Fresh, backend: str) -> None:
     """In torch, whose sums over several rows are others: a last bit can move a whole step."""
-    with Reranker.load(tiny_engine("int4"), "cpu", max_pixels=MAX_PIXELS, kv="int8") as reranker:
-        for draft, exactness in ((True, "approximate"), (False, "bit_identical")):
-            result = reranker.rerank(QUESTION, png_pages(3), draft=draft, max_new_tokens=6)
-            assert result.exactness == exactness
+    skip_unless_native(backend, "kv='int8'")
+    reranker = fresh(kv="int8")
+    for draft, exactness in ((True, "approximate"), (False, "bit_identical")):
+        result = reranker.rerank(QUESTION, png_pages(3), draft=draft, max_new_tokens=6)
+        assert result.exactness == exactness
 
 
-def test_samples_stop_when_time_is_over(tiny_engine: EngineFactory) -> None:
-    loaded = load(tiny_engine("int4"))
-    request = open_request(
-        loaded, remember(loaded), QUESTION, png_pages(3),
-        RerankOptions(samples=4, temperature=0.5, seed=1, max_new_tokens=2),
-    )  # fmt: skip
-    whole = [event for event in serve(request) if isinstance(event, RerankResult)][0]
+def test_samples_stop_when_time_is_over(loaded: LoadedEngine) -> None:
+    def ask() -> Request:
+        options = RerankOptions(samples=4, temperature=0.5, seed=1, max_new_tokens=2)
+        return open_request(loaded, remember(loaded), QUESTION, png_pages(3), options)
+
+    whole = [event for event in serve(ask()) if isinstance(event, RerankResult)][0]
     assert whole.stability is not None and len(whole.stability.orders) == 4
-    request = open_request(
-        loaded, remember(loaded), QUESTION, png_pages(3),
-        RerankOptions(samples=4, temperature=0.5, seed=1, max_new_tokens=2),
-    )  # fmt: skip
-    late = dataclasses.replace(request, deadline=AfterChecks(14))
+    late = dataclasses.replace(ask(), deadline=AfterChecks(14))
     cut = [event for event in serve(late) if isinstance(event, RerankResult)][0]
     assert cut.stability is not None and 1 <= len(cut.stability.orders) < 4
     assert (cut.stop_reason, cut.exactness) == ("deadline", "approximate")
@@ -306,8 +318,7 @@ def _serve_until(loaded: Any, checks: int, count: int, **options: Any) -> list[S
 
 
 @pytest.mark.parametrize("plan", ["sliding", "anchored", "tournament", "cascade"])
-def test_a_deadline_in_the_middle_of_a_plan(tiny_engine: EngineFactory, plan: str) -> None:
-    loaded = load(tiny_engine("int4"))
+def test_a_deadline_in_the_middle_of_a_plan(loaded: LoadedEngine, plan: str) -> None:
     done: list[int] = []
     for checks in (0, 1, 3, 8, 14, 22, 35, 50, 10_000):
         *deltas, result = _serve_until(loaded, checks, 9, plan=plan, window=4)
@@ -325,16 +336,14 @@ def test_a_deadline_in_the_middle_of_a_plan(tiny_engine: EngineFactory, plan: st
     assert len(windows) == 1 or any(0 < count < done[-1] for count in done)
 
 
-def test_a_deadline_while_answering_does_not_lose_the_ranking(tiny_engine: EngineFactory) -> None:
-    loaded = load(tiny_engine("int4"))
+def test_a_deadline_while_answering_does_not_lose_the_ranking(loaded: LoadedEngine) -> None:
     for checks in range(12, 48, 3):
         *_, result = _serve_until(loaded, checks, 4, plan="cascade", answer=True)
         assert isinstance(result, RerankResult) and sorted(result.order) == [0, 1, 2, 3]
         assert result.answer is not None and "<answer>" not in result.answer  # not its own words
 
 
-def test_no_page_is_encoded_once_time_is_over(tiny_engine: EngineFactory) -> None:
-    loaded = load(tiny_engine("int4"))
+def test_no_page_is_encoded_once_time_is_over(loaded: LoadedEngine) -> None:
     for plan in ("single", "sliding", "cascade"):
         *_, result = _serve_until(loaded, 0, 5, plan=plan)
         assert isinstance(result, RerankResult)

@@ -12,14 +12,16 @@ import pytest
 import torch
 
 from helpers.pictures import noise
-from helpers.reading import MAX_PIXELS, QUESTION
+from helpers.reading import MAX_PIXELS, QUESTION, open_reranker, skip_unless_native
 from mmr5_runtime import PageError, Reranker, RerankResult
+from mmr5_runtime.backends import BackendName
 from mmr5_runtime.image import preprocess_bytes
 from mmr5_runtime.prefetch import Prefetch
 from mmr5_runtime.reading import PromptPage
 from mmr5_runtime.request import open_bank, open_sources
 from mmr5_runtime.reuse.page_source import PageSource
 
+BACKENDS = ("native", "onnxruntime")
 AHEAD = 3
 
 
@@ -45,8 +47,10 @@ def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
 
 
 @pytest.fixture
-def reranker(tiny_engine: Callable[[str], Path], ahead: int) -> Iterator[Reranker]:
-    with Reranker.load(tiny_engine("bf16"), "cpu", max_pixels=MAX_PIXELS) as loaded:
+def reranker(
+    tiny_engine: Callable[[str], Path], backend: BackendName, ahead: int
+) -> Iterator[Reranker]:
+    with open_reranker(tiny_engine("bf16"), backend, max_pixels=MAX_PIXELS) as loaded:
         yield loaded
     assert not threads()
 
@@ -56,17 +60,24 @@ def outcome(result: RerankResult) -> tuple[Any, ...]:
     return result.order, result.text, result.cache, result.status, result.usage, stages
 
 
-SEEN: dict[str, list[Any]] = {}  # what the first of the two settings gave
+Same = Callable[[str, Any], None]
+SEEN: dict[tuple[str, str], Any] = {}  # what the first of the two settings gave, by backend
 
 
-def same(name: str, value: Any) -> None:
-    """``value`` is the same with and without threads."""
-    SEEN.setdefault(name, []).append(value)
-    assert all(other == SEEN[name][0] for other in SEEN[name])
+@pytest.fixture
+def same(backend: str) -> Same:
+    """Checks that a value is the same with and without threads."""
+
+    def check(name: str, value: Any) -> None:
+        assert SEEN.setdefault((backend, name), value) == value
+
+    return check
 
 
 @pytest.mark.parametrize("plan", ["single", "tournament", "cascade", "relocate"])
-def test_results_and_counts(reranker: Reranker, plan: str) -> None:
+def test_results_and_counts(reranker: Reranker, backend: str, same: Same, plan: str) -> None:
+    if plan == "relocate":
+        skip_unless_native(backend, "image_kv='relocate'")
     options: dict[str, Any] = {"max_new_tokens": 12}
     options |= {"image_kv": "relocate"} if plan == "relocate" else {"plan": plan}
     if plan == "tournament":
@@ -78,7 +89,7 @@ def test_results_and_counts(reranker: Reranker, plan: str) -> None:
 
 
 def test_embeddings_have_the_same_bits(
-    reranker: Reranker, ahead: int, monkeypatch: pytest.MonkeyPatch
+    reranker: Reranker, ahead: int, same: Same, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded, memory = reranker._require_loaded(), reranker.cache
     image, names = PageSource.image, list[str]()
@@ -132,7 +143,7 @@ def test_pages_cross_as_bytes(reranker: Reranker, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_page_that_fails_late_fails_in_its_turn(
-    reranker: Reranker, ahead: int, monkeypatch: pytest.MonkeyPatch
+    reranker: Reranker, same: Same, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reranker.rerank(QUESTION, PAGES, max_new_tokens=2)  # from now on pages are decoded late
     reranker.cache.encoder.clear()
@@ -162,7 +173,7 @@ def test_a_request_that_ends_early_leaves_nothing_running(reranker: Reranker) ->
     assert late.stop_reason == "deadline" and not threads()
 
 
-def test_a_document(reranker: Reranker, ahead: int) -> None:
+def test_a_document(reranker: Reranker, same: Same) -> None:
     with reranker.open_document(PAGES) as document:
         assert not threads()
         same("document", outcome(document.rerank(QUESTION, max_new_tokens=4)))

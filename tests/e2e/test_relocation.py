@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from helpers.exporting import add_graphs, quick_export
+from helpers.exporting import quick_export
 from helpers.pictures import noise
-from helpers.reading import QUESTION, Fresh, png_pages, same_answer
-from mmr5_runtime import CacheConfig, EngineError, RequestError, Reranker
+from helpers.reading import QUESTION, Fresh, open_reranker, png_pages, same_answer
+from mmr5_export.onnx.ort import add_graphs
+from mmr5_runtime import CacheConfig, EngineError, RequestError
 from mmr5_runtime.engine import Engine
 from mmr5_runtime.reuse.relocate import RelocatedRead, read_relocated
 
@@ -76,7 +77,7 @@ def test_logits_behind_relocated_pages_that_are_no_numbers(
 
 def test_relocation_moves_what_is_not_recomputed(tiny_engine: EngineFactory) -> None:
     pages = [noise(280, 280, number) for number in range(3)]  # 100 tokens each
-    with Reranker.load(tiny_engine("int4"), "cpu") as reranker:
+    with open_reranker(tiny_engine("int4"), "native") as reranker:
         exact = reranker.rerank(QUESTION, pages, **SHORT)
         reranker.rerank(QUESTION, pages, **SHORT, image_kv="relocate")  # captures the pages
         for share, moved in ((0.0, 3 * 68), (0.5, 3 * 34), (1.0, 0)):
@@ -93,7 +94,7 @@ def test_another_engine_refuses_before_it_reads_anything(
 ) -> None:
     quick_export(str(tiny_checkpoint), "int4", tmp_path / "engine")
     add_graphs(tmp_path / "engine")
-    with Reranker.load(tmp_path / "engine", "cpu") as reranker:
+    with open_reranker(tmp_path / "engine", "onnxruntime") as reranker:
         with pytest.raises(RequestError, match="only the native engine has"):
             reranker.rerank(QUESTION, png_pages(2), image_kv="relocate", **SHORT)
         assert reranker.cache.stats().encoder.host.entries == 0

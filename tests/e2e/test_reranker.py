@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from helpers.reading import open_reranker, skip_unless_native
 from mmr5_runtime import (
     ContextOverflowError,
     EngineError,
@@ -20,8 +21,10 @@ from mmr5_runtime import (
     Reranker,
     RerankResult,
 )
+from mmr5_runtime.backends import BackendName
 from mmr5_runtime.compat import QueryReranker
 
+BACKENDS = ("native", "onnxruntime")
 QUESTION = "Which page shows the rainfall?"
 
 
@@ -31,9 +34,9 @@ def _pages(count: int, size: tuple[int, int] = (60, 84)) -> list[Image.Image]:
 
 @pytest.fixture(scope="module", params=["bf16", "int8", "int4"])
 def reranker(
-    request: pytest.FixtureRequest, tiny_engine: Callable[[str], Path]
+    request: pytest.FixtureRequest, tiny_engine: Callable[[str], Path], backend: BackendName
 ) -> Iterator[Reranker]:
-    with Reranker.load(tiny_engine(request.param), "cpu") as loaded:
+    with open_reranker(tiny_engine(request.param), backend) as loaded:
         yield loaded
 
 
@@ -68,14 +71,16 @@ def test_greedy_repeats(reranker: Reranker) -> None:
     assert third.usage.decode_steps == first.usage.decode_steps > second.usage.decode_steps
 
 
-def test_a_cleared_cache_has_seen_no_file(tiny_engine: Callable[[str], Path]) -> None:
+def test_a_cleared_cache_has_seen_no_file(
+    tiny_engine: Callable[[str], Path], backend: BackendName
+) -> None:
     files = []
     for page in _pages(3):
         file = io.BytesIO()
         page.save(file, "PNG")
         files.append(file.getvalue())
     decoded = []
-    with Reranker.load(tiny_engine("bf16"), "cpu") as fresh:
+    with open_reranker(tiny_engine("bf16"), backend) as fresh:
         for _ in range(2):
             for _ in range(2):
                 result = fresh.rerank(QUESTION, files, max_new_tokens=1)
@@ -98,8 +103,10 @@ def test_one_page_runs_no_model(reranker: Reranker) -> None:
         reranker.rerank("what <|image_pad|>", _pages(1))
 
 
-def test_info_says_what_was_loaded(tiny_engine: Callable[[str], Path]) -> None:
-    with Reranker.load(tiny_engine("bf16"), "cpu", max_pixels=28 * 28 * 6) as dense:
+def test_info_says_what_was_loaded(
+    tiny_engine: Callable[[str], Path], backend: BackendName
+) -> None:
+    with open_reranker(tiny_engine("bf16"), backend, max_pixels=28 * 28 * 6) as dense:
         info = dense.info
         spec = dense._require_loaded().engine.spec.text
     assert (info.profile, info.dtype, info.device) == ("mm-r5", "float32", "cpu")
@@ -110,7 +117,7 @@ def test_info_says_what_was_loaded(tiny_engine: Callable[[str], Path]) -> None:
     attention = spec.hidden_size * (width + 2 * kv) + width + 2 * kv + width * spec.hidden_size
     layer = attention + 3 * spec.hidden_size * spec.intermediate_size
     assert info.step_bytes == 4 * (spec.num_layers * layer + spec.vocab_size * spec.hidden_size)
-    with Reranker.load(tiny_engine("int4"), "cpu") as packed:
+    with open_reranker(tiny_engine("int4"), backend) as packed:
         assert packed.info.step_bytes < info.step_bytes
         assert packed.info.identity != info.identity
     with pytest.raises(EngineError, match="closed"):
@@ -140,8 +147,10 @@ def test_abandoned_stream_frees_the_reranker(reranker: Reranker) -> None:
     assert reranker.rerank(QUESTION, _pages(2), max_new_tokens=2).usage.pages == 2
 
 
-def test_idle_stream_holds_nobody_up(tiny_engine: Callable[[str], Path]) -> None:
-    loaded = Reranker.load(tiny_engine("bf16"), "cpu")
+def test_idle_stream_holds_nobody_up(
+    tiny_engine: Callable[[str], Path], backend: BackendName
+) -> None:
+    loaded = open_reranker(tiny_engine("bf16"), backend)
     events = loaded.stream(QUESTION, _pages(2), max_new_tokens=200)
     next(events)
     assert loaded.rerank(QUESTION, _pages(2), max_new_tokens=2).usage.pages == 2
@@ -187,13 +196,13 @@ def test_async_and_threads_give_the_same(reranker: Reranker) -> None:
 
 
 def test_pixel_limits_per_call_and_at_load(
-    reranker: Reranker, tiny_engine: Callable[[str], Path]
+    reranker: Reranker, tiny_engine: Callable[[str], Path], backend: BackendName
 ) -> None:
     pages = _pages(2, (280, 280))
     whole = reranker.rerank(QUESTION, pages, max_new_tokens=1).usage.image_tokens
     small = reranker.rerank(QUESTION, pages, max_new_tokens=1, max_pixels=20 * 784)
     assert whole == 200 and small.usage.image_tokens <= 40
-    with Reranker.load(tiny_engine("bf16"), "cpu", min_pixels=784, max_pixels=20 * 784) as other:
+    with open_reranker(tiny_engine("bf16"), backend, min_pixels=784, max_pixels=20 * 784) as other:
         assert other.rerank(QUESTION, pages, max_new_tokens=1).usage == small.usage
 
 
@@ -248,14 +257,14 @@ def test_bad_page_is_named_before_anything_runs(reranker: Reranker, tmp_path: Pa
         reranker.stream(QUESTION, [*_pages(1), str(broken)])  # not even iterated
 
 
-def test_image_limit(tiny_engine: Callable[[str], Path]) -> None:
-    with Reranker.load(tiny_engine("bf16"), "cpu", max_image_pixels=1000) as limited:
+def test_image_limit(tiny_engine: Callable[[str], Path], backend: BackendName) -> None:
+    with open_reranker(tiny_engine("bf16"), backend, max_image_pixels=1000) as limited:
         with pytest.raises(PageError, match="page 1.*max_image_pixels"):
             limited.rerank(QUESTION, _pages(1), max_new_tokens=1)
 
 
-def test_closed(tiny_engine: Callable[[str], Path]) -> None:
-    loaded = Reranker.load(tiny_engine("bf16"), "cpu")
+def test_closed(tiny_engine: Callable[[str], Path], backend: BackendName) -> None:
+    loaded = open_reranker(tiny_engine("bf16"), backend)
     loaded.close()
     loaded.close()
     with pytest.raises(EngineError, match="closed"):
@@ -271,22 +280,25 @@ def test_closed(tiny_engine: Callable[[str], Path]) -> None:
     ],
 )
 def test_bad_load_options(
-    tiny_engine: Callable[[str], Path], options: dict[str, str], message: str
+    tiny_engine: Callable[[str], Path], backend: BackendName, options: dict[str, str], message: str
 ) -> None:
     with pytest.raises(RequestError, match=message):
-        Reranker.load(tiny_engine("bf16"), **options)  # type: ignore[arg-type]
+        Reranker.load(tiny_engine("bf16"), backend=backend, **options)  # type: ignore[arg-type]
 
 
-def test_bfloat16_on_cpu_runs(tiny_engine: Callable[[str], Path]) -> None:
+def test_bfloat16_on_cpu_runs(tiny_engine: Callable[[str], Path], backend: BackendName) -> None:
+    skip_unless_native(backend, "dtype='bfloat16'")
     for quant in ("bf16", "int8", "int4"):
-        with Reranker.load(tiny_engine(quant), "cpu", dtype="bfloat16") as loaded:
+        with open_reranker(tiny_engine(quant), backend, dtype="bfloat16") as loaded:
             assert loaded.rerank(QUESTION, _pages(2), max_new_tokens=4).usage.pages == 2
 
 
-def test_reference_class(tiny_engine: Callable[[str], Path], tmp_path: Path) -> None:
+def test_reference_class(tiny_engine: Callable[[str], Path], backend: str, tmp_path: Path) -> None:
     paths = []
     for index, page in enumerate(_pages(3)):
         page.save(tmp_path / f"{index}.png")
         paths.append(str(tmp_path / f"{index}.png"))
-    order = QueryReranker(str(tiny_engine("int4")), device="cpu").rerank(QUESTION, paths)
+    reference = QueryReranker(str(tiny_engine("int4")), device="cpu")
+    assert reference._reranker.info.backend == backend  # it takes graphs where there are some
+    order = reference.rerank(QUESTION, paths)
     assert isinstance(order, list) and sorted(order) == [0, 1, 2]

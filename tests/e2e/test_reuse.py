@@ -12,6 +12,7 @@ from helpers.reading import (
     QUESTION,
     Fresh,
     limited,
+    open_reranker,
     png,
     png_pages,
     same_answer,
@@ -24,6 +25,7 @@ from mmr5_runtime import (
     Reranker,
     RerankResult,
 )
+from mmr5_runtime.backends import BackendName
 from mmr5_runtime.pages import Page
 
 EngineFactory = Callable[[str], Path]
@@ -222,16 +224,16 @@ def test_forgetting_in_the_middle_of_a_stream(fresh: Fresh) -> None:
 # More of the same answer, on a model that gives one.
 
 
-def test_more_results_go_on_where_the_answer_stopped(mini_int4: Path) -> None:
+def test_more_results_go_on_where_the_answer_stopped(mini_int4: Path, backend: BackendName) -> None:
     [case] = held_out_cases(1, 5, seed=12)
     pages = [render_page(p.topic, p.kind, p.seed) for p in case.pages]
 
     def ask(reranker: Reranker, top_k: int | None) -> RerankResult:
         return reranker.rerank(case.question, pages, top_k=top_k)
 
-    with Reranker.load(mini_int4, "cpu", cache=CacheConfig.off()) as plain:
+    with open_reranker(mini_int4, backend, cache=CacheConfig.off()) as plain:
         expected = {top_k: ask(plain, top_k) for top_k in (1, 3, None)}
-    with Reranker.load(mini_int4, "cpu") as reranker:
+    with open_reranker(mini_int4, backend) as reranker:
         written = 0
         for top_k in (1, 3, None):
             result = ask(reranker, top_k)
@@ -247,10 +249,10 @@ def test_more_results_go_on_where_the_answer_stopped(mini_int4: Path) -> None:
     assert [expected[k].order[0] for k in (1, 3)] == [expected[None].order[0]] * 2
 
 
-def test_a_replayed_draft_is_labelled_as_one(mini_int4: Path, backend: str) -> None:
+def test_a_replayed_draft_is_labelled_as_one(mini_int4: Path, backend: BackendName) -> None:
     [case] = held_out_cases(1, 3, seed=4)
     pages = [render_page(p.topic, p.kind, p.seed) for p in case.pages]
-    with Reranker.load(mini_int4, "cpu") as reranker:
+    with open_reranker(mini_int4, backend) as reranker:
         results = [reranker.rerank(case.question, pages, stop="eos", draft=True) for _ in range(2)]
     assert same_answer(*results)
     assert results[0].usage.accepted_tokens > 0 and results[1].usage.decode_steps == 0

@@ -18,19 +18,21 @@ from helpers.reading import (
     Fresh,
     forgetful,
     load,
+    open_reranker,
     png_pages,
     read,
     remember,
     same_answer,
+    skip_unless_native,
 )
 from mmr5_runtime import (
     CacheConfig,
     EngineError,
     PageError,
     RequestError,
-    Reranker,
     RerankResult,
 )
+from mmr5_runtime.backends import BackendName
 from mmr5_runtime.image import planned_sizes
 from mmr5_runtime.request import open_bank, open_sources
 
@@ -72,9 +74,11 @@ def test_near_collisions_are_different_pages(fresh: Fresh, tmp_path: Path, numbe
     assert reranker.cache.stats().encoder.disk.entries == 3
 
 
-def test_the_forgeries_are_told_apart_by_their_embeddings(tiny_engine: EngineFactory) -> None:
+def test_the_forgeries_are_told_apart_by_their_embeddings(
+    tiny_engine: EngineFactory, backend: str
+) -> None:
     """What the test above would not notice if the model were blind to the difference."""
-    loaded = load(tiny_engine("int4"))
+    loaded = load(tiny_engine("int4"), backend=backend)
     memory = remember(loaded)
     for pair in _forgeries():
         bank = open_bank(loaded, memory, open_sources(memory, pair), loaded.budget)
@@ -124,12 +128,14 @@ def test_the_same_pages_in_every_order(fresh: Fresh) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("quant", ["bf16", "int8", "int4"])
 def test_a_restart_finds_the_same_bits_on_disk(
-    tiny_engine: EngineFactory, tmp_path: Path, quant: str, dtype: str
+    tiny_engine: EngineFactory, backend: str, tmp_path: Path, quant: str, dtype: str
 ) -> None:
-    loaded, pages = load(tiny_engine(quant), dtype), png_pages(4)
+    if dtype == "bfloat16":
+        skip_unless_native(backend, "dtype='bfloat16'")
+    loaded, pages = load(tiny_engine(quant), dtype, backend=backend), png_pages(4)
     config = CacheConfig(disk=tmp_path)
     before = read(loaded, remember(loaded, config), pages)
-    restarted = load(tiny_engine(quant), dtype)
+    restarted = load(tiny_engine(quant), dtype, backend=backend)
     memory = remember(restarted, config)
     after = read(restarted, memory, pages)
     assert (after.counts.pages_encoded, after.counts.pages_remembered) == (0, 4)
@@ -142,7 +148,7 @@ def test_a_restart_finds_the_same_bits_on_disk(
 
 
 def test_engines_that_share_a_folder_never_share_a_page(
-    fresh: Fresh, tiny_engine: EngineFactory, tmp_path: Path
+    fresh: Fresh, tiny_engine: EngineFactory, backend: str, tmp_path: Path
 ) -> None:
     config, pages = CacheConfig(disk=tmp_path), png_pages(3)
     expected = {
@@ -154,8 +160,10 @@ def test_engines_that_share_a_folder_never_share_a_page(
             warm = fresh(config, quant).rerank(QUESTION, pages, **SHORT)
             assert warm.cache.pages_encoded == (0 if restart else 3)
             assert same_answer(warm, cold)
-    with Reranker.load(
-        tiny_engine("int4"), "cpu", dtype="bfloat16", max_pixels=MAX_PIXELS, cache=config
+    # The same weights in another arithmetic.
+    dtype = "bfloat16" if backend == "native" else "float32"
+    with open_reranker(
+        tiny_engine("int4"), "native", dtype=dtype, max_pixels=MAX_PIXELS, cache=config
     ) as other:
         assert other.rerank(QUESTION, pages, **SHORT).cache.pages_encoded == 3
     assert len(list(tmp_path.glob("*.page"))) == 12
@@ -198,7 +206,9 @@ def test_a_folder_that_goes_away_fails_no_request(fresh: Fresh, tmp_path: Path) 
     assert reranker.cache.stats().encoder.write_failures == 2
 
 
-def test_limits_that_hold_no_page(tiny_engine: EngineFactory, tmp_path: Path) -> None:
+def test_limits_that_hold_no_page(
+    tiny_engine: EngineFactory, backend: BackendName, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("no folder")
     cases: list[tuple[CacheConfig, type[Exception], str]] = [
         (CacheConfig(kv_gib=1e-6), RequestError, "kv_gib=.*raise it, lower max_pixels"),
@@ -208,7 +218,7 @@ def test_limits_that_hold_no_page(tiny_engine: EngineFactory, tmp_path: Path) ->
     ]
     for config, kind, message in cases:
         with pytest.raises(kind, match=message):
-            Reranker.load(tiny_engine("int4"), "cpu", cache=config)
+            open_reranker(tiny_engine("int4"), backend, cache=config)
 
 
 def test_a_file_that_changes_is_another_page(fresh: Fresh, tmp_path: Path) -> None:

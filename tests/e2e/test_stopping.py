@@ -12,14 +12,15 @@ import pytest
 from PIL import Image
 
 from helpers.answer_streams import random_text
+from helpers.reading import open_reranker
 from helpers.scripted import Script, StepDeadline, opinionated
 from mmr5_bench.minidocs.lists import held_out_cases
 from mmr5_bench.minidocs.pages import render_page
 from mmr5_runtime import ReasoningDelta, Reranker, RerankResult
 from mmr5_runtime.agreement import kendall_tau
 from mmr5_runtime.answer import parse_answer
+from mmr5_runtime.backends import BackendName
 from mmr5_runtime.language import Language
-from mmr5_runtime.loading import load_engine
 from mmr5_runtime.reuse.config import CacheConfig
 from mmr5_runtime.types import EXACTNESS_LADDER, Status, StopReason
 
@@ -32,8 +33,8 @@ REASONING = "<think>Image 2 shows the rainfall, Image 1 does not.</think>"
 
 
 @pytest.fixture(scope="module")
-def mini(mini_int4: Path) -> Iterator[Reranker]:
-    with Reranker.load(mini_int4, "cpu") as loaded:
+def mini(mini_int4: Path, backend: BackendName) -> Iterator[Reranker]:
+    with open_reranker(mini_int4, backend) as loaded:
         yield loaded
 
 
@@ -221,22 +222,14 @@ def test_mini_answers_in_time(
 
 
 @pytest.fixture(scope="module")
-def tiny(tiny_engine: Callable[[str], Path]) -> Iterator[Reranker]:
-    with Reranker.load(tiny_engine("int4"), "cpu", cache=CacheConfig()) as loaded:
+def tiny(tiny_engine: Callable[[str], Path], backend: BackendName) -> Iterator[Reranker]:
+    with open_reranker(tiny_engine("int4"), backend, cache=CacheConfig()) as loaded:
         yield loaded
 
 
 @pytest.fixture(scope="module")
-def language(tiny_engine: Callable[[str], Path]) -> Language:
-    return load_engine(
-        tiny_engine("int4"),
-        device="cpu",
-        dtype="auto",
-        min_pixels=None,
-        max_pixels=None,
-        check_hashes=False,
-        backend="auto",
-    ).language
+def language(tiny: Reranker) -> Language:
+    return tiny._require_loaded().language
 
 
 def _pages(count: int) -> list[Image.Image]:

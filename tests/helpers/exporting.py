@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,8 @@ from mmr5_export import export
 from mmr5_export.assemble import Progress
 from mmr5_export.checkpoint import open_checkpoint
 from mmr5_export.generator import weights_sha256
-from mmr5_export.onnx.ort import write_graphs
 from mmr5_export.options import ExportOptions
-from mmr5_runtime.artifact import (
-    Backend,
-    FileEntry,
-    Manifest,
-    file_sha256,
-    read_manifest,
-    write_manifest,
-)
-from mmr5_runtime.onnx.files import BACKEND
+from mmr5_runtime.artifact import Manifest, file_sha256
 
 
 def quick_export(
@@ -39,15 +29,6 @@ def quick_export(
     """Rounds to nearest and does not verify: what most tests need of an engine."""
     plain = {"method": None if quant == "bf16" else "rtn", "verify": False}
     return export(model, quant, output, ExportOptions(**{**plain, **options}), progress=progress)
-
-
-def add_graphs(folder: Path) -> None:
-    """Gives an engine folder the graphs of ONNX Runtime, with which it is loaded by default."""
-    manifest = read_manifest(folder)
-    graphs = write_graphs(folder, manifest.spec, manifest.formats, manifest.tensors)
-    files = {path.name: FileEntry(file_sha256(path), path.stat().st_size) for path in graphs}
-    added = {**manifest.backends, BACKEND: Backend(tuple(files), "not verified")}
-    write_manifest(folder, replace(manifest, files={**manifest.files, **files}, backends=added))
 
 
 def write_samples(

@@ -7,13 +7,15 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
 from helpers.pictures import noise
+from mmr5_runtime.backends import BackendName
 from mmr5_runtime.cursor import Cursor
 from mmr5_runtime.deadline import Deadline
 from mmr5_runtime.loading import LoadedEngine, load_engine
@@ -50,6 +52,7 @@ class Fresh(Protocol):
         cache: CacheConfig | None = None,
         quant: str = "int4",
         max_pixels: int | None = MAX_PIXELS,
+        kv: str = "bf16",
     ) -> Reranker: ...
 
 
@@ -81,12 +84,28 @@ def load(
     max_pixels: int = MAX_PIXELS,
     device: str = "cpu",
     kv: str = "bf16",
+    backend: str = "native",
 ) -> LoadedEngine:
-    """The engine in ``folder``, by default on the CPU."""
-    return load_engine(
+    """The engine in ``folder``, by default on the CPU; it is known to run on ``backend``."""
+    loaded = load_engine(
         folder, device=device, dtype=dtype, min_pixels=None, max_pixels=max_pixels,
-        check_hashes=False, kv=kv, backend="auto",
+        check_hashes=False, kv=kv, backend=backend,
     )  # fmt: skip
+    assert loaded.backend == backend
+    return loaded
+
+
+def open_reranker(folder: Path, backend: BackendName, **options: Any) -> Reranker:
+    """A reranker on the CPU, which is known to run on ``backend``."""
+    reranker = Reranker.load(folder, "cpu", backend=backend, **options)
+    assert reranker.info.backend == backend
+    return reranker
+
+
+def skip_unless_native(backend: str, option: str) -> None:
+    """Leaves out, visibly, what another engine refuses as an option of the native one."""
+    if backend != "native":
+        pytest.skip(f"{backend} refuses {option}, which is for the native engine")
 
 
 def remember(loaded: LoadedEngine, config: CacheConfig | None = None) -> Memory:

@@ -1,9 +1,10 @@
 """The graphs in ONNX Runtime against the native engine: every stage, and whole replies.
 
-Dense ones agree to 1e-4. The golden of a quantized linear is the native one, with the rounding that
-ONNX Runtime does to its input done here: what is left is the order of sums. Behind several of them
-a sum that ends in another last bit makes a code fall on the other side of a half, now and then, so
-whole models are only as close as that.
+Dense ones agree to 1e-4, absolutely, in every stage; measured, on an x86-64 with AVX2, were at most
+8e-6 for the random models and 4e-5 for mini, whose logits reach 22. The golden of a quantized
+linear is the native one, with the rounding that ONNX Runtime does to its input done here: what is
+left is the order of sums. Behind several of them a sum that ends in another last bit makes a code
+fall on the other side of a half, now and then, so whole models are only as close as that.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.exporting import add_graphs, quick_export
+from helpers.exporting import quick_export
 from helpers.inputs import GRIDS, random_pages, random_prompt
 from helpers.tiny import make_hf_model, tiny_configs, write_checkpoint
 from mmr5_export.onnx.graph import Graph
+from mmr5_export.onnx.ort import add_graphs
 from mmr5_export.onnx.ort_decoder import OPSET
 from mmr5_export.onnx.ort_linear import CONTRIB, GraphWeights, activation_block
 from mmr5_export.onnx.stored import stored_places
@@ -37,7 +39,7 @@ from mmr5_runtime.rope import mrope_positions
 from mmr5_runtime.spec import linear_shapes
 from mmr5_runtime.types import ExportError
 
-TOLERANCE = 1e-4
+TOLERANCE = 1e-4  # absolute error of a dense engine
 STEPS = 32
 SUMS = 2e-6  # relative error of a linear whose sums are ordered otherwise
 ONE_CODE = 2e-3  # and of one in which a code of the input was rounded the other way
@@ -156,13 +158,14 @@ def test_dense_engines_agree_in_every_stage(folder: Callable[[str], Path], name:
     assert len(found) == len(expected) > STEPS
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype == torch.float32
-        assert (a - b).abs().max() <= TOLERANCE * max(1, float(b.abs().max()))
+        assert (a - b).abs().max() <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_quantized_engines_agree_with_the_same_rounding(
     folder: Callable[[str], Path], name: str
 ) -> None:
+    """A smoke test, which finds a wrong part but no wrong rounding: linears are tested below."""
     tokens: list[int] = []
     expected = list(_replies(_with_its_rounding(_load(folder(name), "native")), tokens))
     found = list(_replies(_load(folder(name), "onnxruntime"), tokens))
@@ -189,7 +192,7 @@ def test_every_quantized_linear_is_its_golden(
     groups: dict[str, list[str]] = {_first_of_group(linear): [] for linear in formats}
     for linear in formats:
         groups[_first_of_group(linear)].append(linear)
-    generator, worst = torch.Generator().manual_seed(2), list[Tensor]()
+    generator = torch.Generator().manual_seed(2)
     for first, names in groups.items():
         graph = Graph("linear", OPSET, {CONTRIB: 1})
         columns = linear_shapes(spec, formats)[first][1]
@@ -198,9 +201,10 @@ def test_every_quantized_linear_is_its_golden(
         graph.output("y", y, torch.float32, ["M", "N"])
         path = made / "linear.onnx"  # beside the weights it names
         graph.save(path)
-        session = open_session(path, torch.device("cpu"))
+        session = open_session(path)
         path.unlink()
-        for rows in (1, 3, 17):
+        worst = list[Tensor]()
+        for rows in (1, 3, 17, 179):
             size = torch.rand(columns, generator=generator)
             given = torch.randn(rows, columns, generator=generator) * size
             given[-1, : columns // 2] = 0  # whole blocks of zeros
@@ -209,8 +213,8 @@ def test_every_quantized_linear_is_its_golden(
             errors = (found - expected).norm(dim=1) / expected.norm(dim=1)
             worst.append(errors)
             assert errors.max() <= ONE_CODE, (first, rows)
-    # A value next to a half may fall on either side of it: the reciprocal of a scale is not exact.
-    assert (torch.cat(worst) <= SUMS).double().mean() > 0.95
+        # A value next to a half may fall on either side of it: reciprocals of scales are not exact.
+        assert (torch.cat(worst) <= SUMS).double().mean() > 0.95, first
 
 
 def test_the_rounding_is_what_makes_the_difference(folder: Callable[[str], Path]) -> None:

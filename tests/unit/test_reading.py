@@ -20,6 +20,7 @@ from helpers.reading import (
     png_pages,
     read,
     remember,
+    skip_unless_native,
 )
 from mmr5_runtime.cursor import Cursor
 from mmr5_runtime.deadline import Deadline
@@ -40,8 +41,8 @@ EngineFactory = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
-def loaded(tiny_engine: EngineFactory) -> LoadedEngine:
-    return load(tiny_engine("int4"))
+def loaded(tiny_engine: EngineFactory, backend: str) -> LoadedEngine:
+    return load(tiny_engine("int4"), backend=backend)
 
 
 def _next_list(rng: random.Random, pool: list[Page], last: list[Page]) -> list[Page]:
@@ -62,8 +63,10 @@ def _next_list(rng: random.Random, pool: list[Page], last: list[Page]) -> list[P
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("quant", ["bf16", "int8", "int4"])
-def test_warm_equals_cold(tiny_engine: EngineFactory, quant: str, dtype: str) -> None:
-    loaded = load(tiny_engine(quant), dtype)
+def test_warm_equals_cold(tiny_engine: EngineFactory, backend: str, quant: str, dtype: str) -> None:
+    if dtype == "bfloat16":
+        skip_unless_native(backend, "dtype='bfloat16'")
+    loaded = load(tiny_engine(quant), dtype, backend=backend)
     rng = random.Random(f"{quant} {dtype}")
     text = loaded.engine.spec.text
     item = loaded.engine.model.dtype.itemsize
