@@ -7,6 +7,7 @@ Random engines of two decoder layers, one windowed and one full vision block, em
 are written, exported and compiled, one format after the other, each in a process of its own whose
 peak memory is recorded. ``--run`` then loads each file and runs every profile once at its usual
 shapes, or records the exact words of the refusal: TensorRT-RTX is made for GeForce and RTX GPUs.
+How much device memory an engine works in is told by a loaded one alone, so only with ``--run``.
 Needs ``tensorrt-rtx-cu13-libs`` and ``tensorrt-rtx-cu13-bindings``. (The file is not called
 tensorrt_rtx.py, since Python would import that in place of the bindings.)
 """
@@ -33,6 +34,7 @@ from mmr5_bench.provenance import provenance
 from mmr5_bench.random_weights.engine_folder import write_engine_of
 from mmr5_bench.random_weights.shapes import QUANTS, Quant, config_7b
 from mmr5_export.finished import open_finished
+from mmr5_export.onnx.build_engines import error_logger
 from mmr5_export.onnx.profiles import Limits, decoder_profiles, vision_profiles
 from mmr5_export.onnx.rtx import compile_graphs, require_rtx
 from mmr5_export.onnx.trt import DTYPES, write_tensorrt
@@ -97,7 +99,7 @@ def peak_resident() -> int:
 
 def _run_engine(path: Path, profiles: list[Mapping[str, Any]]) -> dict[str, Any]:
     trt = require_rtx()
-    logger = _logger(trt)
+    logger = error_logger(trt)
     runtime = trt.Runtime(logger)
     engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
@@ -111,7 +113,9 @@ def _run_engine(path: Path, profiles: list[Mapping[str, Any]]) -> dict[str, Any]
             seconds[profile["name"]] = _run_profile(trt, engine, context, index, profile)
         except RuntimeError as error:
             return {"ran": False, "refusal": [str(error), *logger.errors]}
-    return {"ran": True, "first_call_seconds": seconds}  # not a latency: nothing is warm
+    # Not a latency: nothing is warm.
+    memory = int(engine.device_memory_size_v2)
+    return {"ran": True, "first_call_seconds": seconds, "working_bytes": memory}
 
 
 def _run_profile(
@@ -163,21 +167,6 @@ def _dtype(engine: Any, name: str) -> torch.dtype:
     return _TORCH[engine.get_tensor_dtype(name).name]
 
 
-def _logger(trt: Any) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined, unused-ignore]
-        """Keeps what went wrong."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                self.errors.append(message)
-
-    return Logger()
-
-
 def main() -> int:
     """Command line entry."""
     parser = argparse.ArgumentParser(description="Compile 7B-wide graphs with TensorRT-RTX.")
@@ -188,7 +177,8 @@ def main() -> int:
     parser.add_argument("--blocks", type=int, default=2, help="of the vision tower")
     parser.add_argument("--run", action="store_true", help="load and run what was compiled")
     options = parser.parse_args()
-    version = str(require_rtx().__version__)
+    trt = require_rtx()
+    threads = int(trt.Builder(error_logger(trt)).max_threads)
     results = []
     for quant in options.formats:
         with tempfile.TemporaryDirectory() as work:
@@ -203,7 +193,8 @@ def main() -> int:
     document = {
         "kind": "tensorrt-rtx-aot",
         "provenance": provenance()
-        | {"onnx": onnx.__version__, "tensorrt_rtx": version, "threads": _threads()}
+        | {"onnx": onnx.__version__, "tensorrt_rtx": str(trt.__version__)}
+        | {"builder_threads": threads, "torch_threads": torch.get_num_threads()}
         | {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none"},
         "layers": options.layers,
         "blocks": options.blocks,
@@ -211,10 +202,6 @@ def main() -> int:
     }
     write_json(document, options.out)
     return 0
-
-
-def _threads() -> str:
-    return str(torch.get_num_threads())
 
 
 def _alone(function: Any, *arguments: Any) -> Any:

@@ -18,6 +18,6 @@ def largest_page_tokens(spec: VisionSpec, budget: PixelRange) -> int:
     """
     least = -(-budget.min_pixels // spec.factor**2)
     most = budget.max_pixels // spec.factor**2
-    thin = math.isqrt(most * MAX_ASPECT_RATIO)
+    thin = math.isqrt(budget.max_pixels * MAX_ASPECT_RATIO) // spec.factor
     grown = least + 1 + math.isqrt(least * MAX_ASPECT_RATIO) + 1 + math.isqrt(least)
     return max(1, most, thin, grown)

@@ -1,4 +1,8 @@
-"""TensorRT's graphs in fp32, run by ONNX Runtime: the same builder, in a dtype a CPU computes."""
+"""TensorRT's graphs, run by ONNX Runtime in fp32, the dtype that it computes on a CPU.
+
+A graph is written in fp32 by the same builder, or written in bfloat16, as it ships, and every
+constant of it widened: those have the values that ship then, and activations are not rounded.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from onnx import TensorProto
 from torch import Tensor
 
 from mmr5_export.finished import FinishedEngine
@@ -26,7 +31,7 @@ def torch_model(engine: FinishedEngine) -> Model:
 
 
 def session(path: Path, make: Callable[[DataFile], Graph]) -> onnxruntime.InferenceSession:
-    """Writes, checks and loads a graph, and keeps ONNX Runtime from rewriting it."""
+    """Writes, checks, widens and loads a graph, and keeps ONNX Runtime from rewriting it."""
     with DataFile(path.with_suffix(".data")) as data:
         graph = make(data)
     graph.save(path)
@@ -35,7 +40,27 @@ def session(path: Path, make: Callable[[DataFile], Graph]) -> onnxruntime.Infere
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
     options.log_severity_level = 3  # else a line per KV buffer that is not bound in place
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    model = _widened(path).SerializeToString()
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def _widened(path: Path) -> onnx.ModelProto:
+    """The graph with its weights in it, and fp32 wherever it says bfloat16."""
+    narrow, wide = TensorProto.BFLOAT16, TensorProto.FLOAT
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
+        if tensor.data_type == narrow:
+            values = torch.frombuffer(bytearray(tensor.raw_data), dtype=torch.bfloat16)
+            tensor.raw_data = values.float().numpy().tobytes()
+            tensor.data_type = wide
+    for value in (*model.graph.input, *model.graph.output):
+        if value.type.tensor_type.elem_type == narrow:
+            value.type.tensor_type.elem_type = wide
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.i == narrow:
+                attribute.i = wide
+    return model
 
 
 def run(session: onnxruntime.InferenceSession, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -49,10 +74,12 @@ def run(session: onnxruntime.InferenceSession, feeds: Mapping[str, Tensor]) -> d
 class VisionOnnx:
     """The tower's graph of an engine."""
 
-    def __init__(self, engine: FinishedEngine, folder: Path) -> None:
+    def __init__(
+        self, engine: FinishedEngine, folder: Path, dtype: torch.dtype = torch.float32
+    ) -> None:
         self.spec = engine.spec.vision
         self.session = session(
-            folder / "vision.onnx", lambda data: vision_graph(engine, data, torch.float32)
+            folder / "vision.onnx", lambda data: vision_graph(engine, data, dtype)
         )
 
     def __call__(self, pixels: Tensor, grid: Grid) -> Tensor:
@@ -66,12 +93,18 @@ class VisionOnnx:
 class DecoderOnnx:
     """The decoder's graph of an engine with its KV buffers, as a user would bind them."""
 
-    def __init__(self, engine: FinishedEngine, folder: Path, capacity: int) -> None:
+    def __init__(
+        self,
+        engine: FinishedEngine,
+        folder: Path,
+        capacity: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         spec = engine.spec.text
         self.rotary = TextRotary(spec)
         self.session = session(
             folder / "decoder.onnx",
-            lambda data: decoder_graph(engine, data, torch.float32, capacity),
+            lambda data: decoder_graph(engine, data, dtype, capacity),
         )
         shape = (1, spec.num_kv_heads, capacity, spec.head_dim)
         self.buffers = {

@@ -31,7 +31,7 @@ BIASED, PLAIN = "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj
 ENGINES: dict[str, dict[str, Any]] = {
     "bf16": {"quant": "bf16"},
     "int4": {"quant": "int4"},
-    "int4-g32": {"quant": "int4", "group_size": 32},
+    "int4-g64": {"quant": "int4", "group_size": 64},
     "int8-weight-only": {"quant": "int8-weight-only"},
     "int8": {"quant": "int8"},
     "fp8": {"quant": "fp8"},
@@ -69,28 +69,32 @@ def _dense(engine: FinishedEngine, name: str) -> Tensor:
     return dequantize(format, parts, torch.float32)
 
 
-def _golden(engine: FinishedEngine, name: str, x: Tensor) -> Tensor:
+def _golden(engine: FinishedEngine, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """With the scale of x in ``dtype``, the graph's."""
     format = engine.formats.get(name)
     if format is not None and format.activations == "int8":
-        x = (x / (4 / 127)).round().clamp(-128, 127) * (4 / 127)
+        scale = float(torch.tensor(4 / 127, dtype=dtype))
+        x = (x / scale).round().clamp(-128, 127) * scale
     if format is not None and format.activations == "fp8":
-        x = (x / (4 / 448)).clamp(-448, 448).to(torch.float8_e4m3fn).float() * (4 / 448)
+        scale = float(torch.tensor(4 / 448, dtype=dtype))
+        x = (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
     y = x @ _dense(engine, name).T
     bias = f"{name}.bias"
     return y + engine.get(bias).float() if bias in engine.manifest.tensors else y
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("linear", [BIASED, PLAIN])
 @pytest.mark.parametrize("name", ENGINES)
-def test_a_linear_is_the_reference(name: str, linear: str, engines: Any, tmp_path: Path) -> None:
+def test_a_linear_is_the_reference(
+    name: str, linear: str, dtype: torch.dtype, engines: Any, tmp_path: Path
+) -> None:
     """Also outside of the calibrated range, where codes saturate: 4 is the largest input."""
     engine = engines(name)
-    made = session(
-        tmp_path / "linear.onnx", lambda data: _graph(engine, data, linear, torch.float32)
-    )
+    made = session(tmp_path / "linear.onnx", lambda data: _graph(engine, data, linear, dtype))
     columns = _dense(engine, linear).shape[1]
     x = 2 * torch.randn(9, columns, generator=torch.Generator().manual_seed(5))
-    expected = _golden(engine, linear, x)
+    expected = _golden(engine, linear, x, dtype)
     assert float((run(made, {"x": x})["y"] - expected).abs().max()) <= 1e-4
 
 
@@ -107,6 +111,11 @@ def test_a_linear_is_the_reference(name: str, linear: str, engines: Any, tmp_pat
             "int8-weight-only",
             {"weight": TensorProto.INT8, "weight_scale": TensorProto.BFLOAT16},
             ["DequantizeLinear", "Gemm"],
+        ),
+        (
+            "int8",
+            {"weight": TensorProto.INT8, "weight_scale": TensorProto.BFLOAT16},
+            ["QuantizeLinear", "DequantizeLinear", "DequantizeLinear", "Gemm"],
         ),
         (
             "fp8",
@@ -128,6 +137,8 @@ def test_types_are_strong(
         if item.data_location == TensorProto.EXTERNAL
     }
     assert weights == types
+    inline = {item.data_type for item in graph.initializer if not item.external_data}
+    assert inline <= {types["weight"], TensorProto.BFLOAT16}
     assert [node.op_type for node in graph.node] == operators
 
 
@@ -149,6 +160,8 @@ def test_nibbles_are_those_that_onnx_reads(codes: list[int]) -> None:
     ("format", "tops", "said"),
     [
         (Format("int4", 128, symmetric=False), {}, "--sym"),
+        (Format("int4", 32), {}, "w4a16-g32, .+ groups of 64 or 128"),
+        (Format("int8", 128), {}, "w8a16-g128, .+ int8 by whole rows"),
         (INT8, {}, "calibration"),
         (FP8, {"another": 1.0}, "calibration"),
         (INT8, {"linear": float("inf")}, "reached inf"),
@@ -162,7 +175,15 @@ def test_what_tensorrt_cannot_compute_is_refused(
 
 
 def test_everything_else_is_taken() -> None:
-    refuse_formats({"a": INT4, "b": INT8_WEIGHT_ONLY, "c": INT8}, {"c": 0.0})
+    formats = {"a": INT4, "b": INT8_WEIGHT_ONLY, "c": INT8, "d": Format("int4", 64)}
+    refuse_formats(formats, {"c": 0.0})
+
+
+def test_a_scale_that_float16_rounds_to_zero_is_refused() -> None:
+    refuse_formats({"linear": FP8}, {"linear": 1.3e-5}, torch.bfloat16)
+    refuse_formats({"linear": FP8}, {"linear": 1.4e-5}, torch.float16)
+    with pytest.raises(OptionError, match="reached 1.3e-05 .+ no scale in float16"):
+        refuse_formats({"linear": FP8}, {"linear": 1.3e-5}, torch.float16)
 
 
 def test_a_value_beyond_float16_is_refused(engines: Any, tmp_path: Path) -> None:
@@ -175,5 +196,5 @@ def test_a_value_beyond_float16_is_refused(engines: Any, tmp_path: Path) -> None
     large = Large(engine.folder, engine.manifest)
     with DataFile(tmp_path / "x.data") as data:
         weights = EngineWeights(Graph("linear", 24), data, large, torch.float16)
-        with pytest.raises(ExportError, match="--onnx-dtype bfloat16"):
+        with pytest.raises(ExportError, match=r"float16 cannot; write .+ in bfloat16"):
             weights.tensor("model.norm.weight")

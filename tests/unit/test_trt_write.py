@@ -76,6 +76,7 @@ def test_the_folder_is_whole_and_the_same_again(
     assert facts[0]["verified"].endswith("not compiled, not executed")
     profiles = json.loads((tmp_path / "a" / "profiles.json").read_text())
     for name, given in profiles.items():
+        onnx.checker.check_model(str(tmp_path / "a" / f"{name}.onnx"), full_check=True)
         graph = onnx.load(tmp_path / "a" / f"{name}.onnx", load_external_data=False).graph
         free = [
             value.name
@@ -120,7 +121,7 @@ def test_refusals_come_before_any_file(engines: Engines, tmp_path: Path) -> None
     output = tmp_path / "out"
     with pytest.raises(OptionError, match="calibration"):
         write_tensorrt(uncalibrated, output, limits=LIMITS)
-    with pytest.raises(OptionError, match="--onnx-dtype float8"):
+    with pytest.raises(OptionError, match="dtype 'float8'"):
         write_tensorrt(engines("int4"), output, dtype="float8", limits=LIMITS)
     with pytest.raises(OptionError, match="--sym"):
         write_tensorrt(engines("int4", symmetric=False), output, limits=LIMITS)
@@ -148,6 +149,18 @@ def test_build_py_needs_nothing_of_ours(engines: Engines, tmp_path: Path) -> Non
     command = [sys.executable, "-I", "-S", str(tmp_path / "build.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "none of tensorrt is installed" in done.stderr
+
+
+def test_an_interrupted_build_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is built cannot be written here, as on a full disk."""
+    output = tmp_path / "decoder.plan"
+    output.write_bytes(b"an engine")
+    monkeypatch.setattr(build_engines, "build", lambda trt, graph, profiles: "no bytes")
+    with pytest.raises(TypeError):
+        build_engines.build_file(None, tmp_path / "decoder.onnx", [], output)
+    assert output.read_bytes() == b"an engine"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -204,3 +217,14 @@ def test_a_node_that_is_not_taken_is_named(rtx: Any, tmp_path: Path) -> None:
     graph.save(tmp_path / "wrong.onnx")
     with pytest.raises(BuildError, match=r"wrong\.onnx: node Attention_0 \(Attention\): .+"):
         build(rtx, tmp_path / "wrong.onnx", [])
+
+
+def test_a_profile_that_is_not_taken_is_named(rtx: Any, tmp_path: Path) -> None:
+    """The builder only says -1, and would go on without it."""
+    graph = Graph("twice", 24)
+    x = graph.input("x", torch.float32, ["M"])
+    graph.output("y", graph.node("Add", x, x), torch.float32, ["M"])
+    graph.save(tmp_path / "twice.onnx")
+    profile = {"name": "step", "shapes": {"x": {"min": [8], "opt": [4], "max": [2]}}}
+    with pytest.raises(BuildError, match=r"twice\.onnx does not take profile step: .+MIN<=OPT"):
+        build(rtx, tmp_path / "twice.onnx", [profile])

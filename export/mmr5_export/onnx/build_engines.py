@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -40,7 +41,7 @@ def build(trt: Any, graph: Path, profiles: Sequence[Mapping[str, Any]]) -> Any:
 
     ``profiles`` are those of one graph in ``profiles.json``. Raises :class:`BuildError`.
     """
-    logger = _logger(trt)
+    logger = error_logger(trt)
     builder = trt.Builder(logger)
     network = builder.create_network(_strongly_typed(trt))
     parser = trt.OnnxParser(network, logger)
@@ -56,7 +57,9 @@ def build(trt: Any, graph: Path, profiles: Sequence[Mapping[str, Any]]) -> Any:
         made = builder.create_optimization_profile()
         for name, shape in profile["shapes"].items():
             made.set_shape(name, shape["min"], shape["opt"], shape["max"])
-        config.add_optimization_profile(made)
+        if config.add_optimization_profile(made) < 0:
+            told = "; ".join(logger.errors)
+            raise BuildError(f"{graph.name} does not take profile {profile['name']}: {told}")
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise BuildError(f"{graph.name} does not build: {'; '.join(logger.errors)}")
@@ -66,12 +69,17 @@ def build(trt: Any, graph: Path, profiles: Sequence[Mapping[str, Any]]) -> Any:
 def build_file(
     trt: Any, graph: Path, profiles: Sequence[Mapping[str, Any]], output: Path
 ) -> dict[str, float | int]:
-    """:func:`build` into a file; returns seconds (parsing and building) and bytes."""
+    """:func:`build` into a file; returns seconds (parsing and building) and bytes.
+
+    ``output`` is there once it is whole: it is written under another name and then renamed.
+    """
     started = time.perf_counter()
     engine = build(trt, graph, profiles)
     seconds = time.perf_counter() - started
-    with output.open("wb") as file:
+    part = output.with_name(f"{output.name}.part")
+    with part.open("wb") as file:
         file.write(engine)
+    os.replace(part, output)
     return {"seconds": round(seconds, 2), "bytes": output.stat().st_size}
 
 
@@ -99,7 +107,9 @@ def _strongly_typed(trt: Any) -> int:
     return 0 if flag is None else 1 << int(flag)
 
 
-def _logger(trt: Any) -> Any:
+def error_logger(trt: Any) -> Any:
+    """A logger of TensorRT's whose ``errors`` are what went wrong, in its words."""
+
     class Logger(trt.ILogger):  # type: ignore[misc, name-defined, unused-ignore]
         """Keeps what went wrong, for the error that is raised."""
 

@@ -1,9 +1,9 @@
 """The commands that build TensorRT engines from exported graphs, as data and as a shell script.
 
 ``build.json`` holds one argument list per graph, for trtexec of TensorRT 10.15 and later; with
-every optimisation profile after its ``--profile``. ``--stronglyTyped`` is required by TensorRT 10
-and accepted by 11, where nothing else is left. ``build.sh`` runs the same, and ``build.py`` builds
-through the Python bindings instead.
+every optimisation profile after its ``--profile``. ``--stronglyTyped`` is what TensorRT 10 needs;
+NVIDIA's guide for moving to 11 says that 11 does without it, since nothing else is left there.
+``build.sh`` runs the same, and ``build.py`` builds through the Python bindings instead.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mmr5_export.largest_page import largest_page_tokens
 from mmr5_export.options import OptionError
 from mmr5_runtime.artifact import Manifest
 from mmr5_runtime.image import MAX_ASPECT_RATIO
@@ -52,7 +53,7 @@ class Limits:
         Raises :class:`OptionError` for sequences that the model has no positions for or that do
         not hold a largest page.
         """
-        spec, budget = manifest.spec, manifest.pixel_budget
+        spec = manifest.spec
         most = spec.text.max_position_embeddings
         capacity = max_seq_len or min(CAPACITY, most)
         if capacity > most:
@@ -60,13 +61,11 @@ class Limits:
                 f"--max-seq-len {capacity} is more than the {most} positions of the model; give "
                 "at most that."
             )
-        tokens = max(1, budget.max_pixels // spec.vision.factor**2)
-        # The thinnest page is kept one token high, however small the budget.
-        tokens = max(tokens, math.isqrt(tokens * MAX_ASPECT_RATIO))
+        tokens = largest_page_tokens(spec.vision, manifest.pixel_budget)
         if tokens > capacity:
             raise OptionError(
-                f"--max-seq-len {capacity} does not hold a page of {tokens} tokens, which the "
-                "pixel budget allows; give more tokens or export with a smaller --max-pixels."
+                f"--max-seq-len {capacity} does not hold a page of up to {tokens} tokens, which "
+                "the pixel budget allows; give more tokens or export with a smaller --max-pixels."
             )
         return cls(capacity, max_input_len or capacity, tokens * spec.vision.merge_unit)
 
@@ -132,11 +131,16 @@ def decoder_profiles(spec: TextSpec, limits: Limits) -> list[Profile]:
 
 
 def most_windows(spec: VisionSpec, patches: int) -> int:
-    """Windows of the worst page of at most so many patches: a thin one, cut into short windows."""
+    """Windows of the worst page of at most so many patches: a thin one, cut into short windows.
+
+    What bounds how thin: a page is 200 to 1 at most before it is resized, and rounding its sides to
+    whole tokens leaves r rows no more than 200 (r + 1) columns. Any shape at all would be three
+    times the windows for 16,384 tokens, and TensorRT reserves memory for the most.
+    """
     tokens = max(1, patches // spec.merge_unit)
     worst = 1
     for rows in range(1, math.isqrt(tokens) + 1):
-        columns = min(tokens // rows, rows * MAX_ASPECT_RATIO)
+        columns = min(tokens // rows, (rows + 1) * MAX_ASPECT_RATIO)
         worst = max(worst, _windows(spec, rows, columns))
     return worst
 

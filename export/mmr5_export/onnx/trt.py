@@ -27,16 +27,15 @@ from mmr5_export.onnx.trt_linear import refuse_formats
 from mmr5_export.onnx.trt_vision import VISION_OPSET, vision_graph
 from mmr5_export.options import OptionError
 
-# bfloat16 is what the checkpoint was trained in: its residual stream has values that float16, of
-# eight times the precision, cannot hold.
+# bfloat16 is what the command line writes and what the checkpoint was trained in: its residual
+# stream has values that float16, of eight times the precision, cannot hold.
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_DTYPE = "bfloat16"
 
 
 def check_tensorrt(engine: FinishedEngine, dtype: str, aot: str | None = None) -> None:
     """Raises :class:`OptionError` or :class:`ExportError` where :func:`write_tensorrt` does."""
-    _check_dtype(dtype)
-    refuse_formats(engine.formats, engine.input_absmax)
+    refuse_formats(engine.formats, engine.input_absmax, _kind(dtype))
     if aot is not None:
         if aot != "rtx":
             raise OptionError(f"--aot {aot} is unknown; give rtx or leave it out.")
@@ -61,7 +60,7 @@ def write_tensorrt(
     check_tensorrt(engine, dtype, aot)
     folder.mkdir(parents=True, exist_ok=True)
     steps = 2 if aot is None else 3
-    kind = DTYPES[dtype]
+    kind = _kind(dtype)
     _write(folder, "vision", lambda data: vision_graph(engine, data, kind))
     progress("write", 1, steps, "vision.onnx")
     _write(folder, "decoder", lambda data: decoder_graph(engine, data, kind, limits.capacity))
@@ -100,19 +99,20 @@ def write_vision(
 
     Raises as :func:`check_tensorrt`, for the tower's linears alone.
     """
-    _check_dtype(dtype)
+    kind = _kind(dtype)
     formats = {name: f for name, f in engine.formats.items() if name.startswith("visual.")}
-    refuse_formats(formats, engine.input_absmax)
+    refuse_formats(formats, engine.input_absmax, kind)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder, "model", lambda data: vision_graph(engine, data, DTYPES[dtype]))
+    _write(folder, "model", lambda data: vision_graph(engine, data, kind))
     profiles = vision_profiles(engine.spec.vision, limits)
     _write_json(folder / "profile.json", {"model": [profile.to_json() for profile in profiles]})
     return _facts(dtype, {"model": VISION_OPSET})
 
 
-def _check_dtype(dtype: str) -> None:
+def _kind(dtype: str) -> torch.dtype:
     if dtype not in DTYPES:
-        raise OptionError(f"--onnx-dtype {dtype} is unknown; give one of {', '.join(DTYPES)}.")
+        raise OptionError(f"dtype {dtype!r} is unknown; give one of {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
 
 
 def _write(folder: Path, name: str, make: Callable[[DataFile], Graph]) -> None:

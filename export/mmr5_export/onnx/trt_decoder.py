@@ -23,8 +23,10 @@ is multiplied by 0 and not skipped.
 
 Written otherwise, it would not do what it says: growing the cache by Concat copies all of it every
 step and needs two sets of buffers; ``Attention`` with past and present has three outputs, and
-TensorRT takes one; and with opset 24's ``nonpad_kv_seqlen``, TensorRT-RTX 1.7.1 builds an engine
-that ignores the input.
+TensorRT-RTX 1.7.1 takes one; and with opset 24's ``nonpad_kv_seqlen`` it builds an engine that
+ignores the input. All of this is known of TensorRT-RTX's parser and builder, and assumed of
+TensorRT, which has run none of it. So is a fused kernel for ``Attention``: one that stores its
+scores would need heads x T x keys values, 15 GB for 16,384 of both at 28 heads.
 
 The head is part of the graph, after the chosen rows, so that a prompt computes one row of logits
 and a drafted step all of its own.

@@ -1,9 +1,9 @@
-"""What both towers are made of, in operators that every TensorRT parser of 10.14 and later takes.
+"""What both towers are made of, in plain operators.
 
 Norms and rotations are written out instead of using opset 23's operators for them: their arithmetic
 is then that of the torch engine, cast by cast, and nothing depends on which release learned which
-operator. Statistics are in fp32. Softmax is left to ``Attention``: TensorRT refuses its attribute
-``softmax_precision`` and runs a fused kernel.
+operator. Statistics are in fp32. Softmax is left to ``Attention``, whose attribute
+``softmax_precision`` TensorRT-RTX 1.7.1 refuses; its precision is the kernel's choice.
 """
 
 from __future__ import annotations

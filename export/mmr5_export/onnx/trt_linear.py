@@ -10,12 +10,13 @@ w8a16         int8 [N, K]              [N]               DequantizeLinear, Gemm 
 w8a8 int8/fp8 codes [N, K]             [N], and one of x the same, and x through QuantizeLinear and
                                                          DequantizeLinear
 w4a16-g       int4 [K, N]              [K / g, N]        DequantizeLinear (axis 0, block g), MatMul
-w8a16-g       int8 [K, N]              [K / g, N]        the same
 ============= ======================== ================= ==========================================
 
-Blocked weights are stored [K, N] with blocks along axis 0, the layout that NVIDIA's own ONNX
-quantizer writes; two neighbours along N share a byte, the first in the low half, and a code is in
-two's complement where the engine has code + 8. TensorRT-RTX 1.7.1 keeps all of these at their
+int4 weights are stored [K, N] with blocks along axis 0, the layout that NVIDIA's own ONNX quantizer
+writes; two neighbours along N share a byte, the first in the low half, and a code is in two's
+complement where the engine has code + 8. Blocks are of 64 or 128 codes (NVIDIA's "Quantization
+Schemes"), and of int4 alone (TensorRT 10's reference of its Dequantize operator): groups of int8,
+which a checkpoint of others may have, are refused. TensorRT-RTX 1.7.1 keeps all of these at their
 stored size.
 
 Two things differ from the native engine. TensorRT quantizes activations with one constant per
@@ -41,13 +42,18 @@ from mmr5_runtime.types import ExportError
 
 _CHECKED_ROWS = 4096
 _CODES = {"int8": (torch.int8, INT8_MAX), "fp8": (torch.float8_e4m3fn, FP8_MAX)}
+_BLOCKS = (64, 128)
 
 
-def refuse_formats(formats: Mapping[str, Format], input_absmax: Mapping[str, float]) -> None:
+def refuse_formats(
+    formats: Mapping[str, Format],
+    input_absmax: Mapping[str, float],
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
     """Raises :class:`OptionError` for the first linear that no pattern above computes.
 
     ``formats`` by canonical linear name, as the engine stores them; ``input_absmax`` is that of
-    :class:`FinishedEngine`.
+    :class:`FinishedEngine`; ``dtype`` that of activations, and so of their scales.
     """
     for name, format in formats.items():
         if not format.symmetric:
@@ -55,17 +61,27 @@ def refuse_formats(formats: Mapping[str, Format], input_absmax: Mapping[str, flo
                 f"{name} is stored as {format.name}, but TensorRT dequantizes without zero points; "
                 "export with --sym for TensorRT."
             )
+        if format.group_size and (format.weights != "int4" or format.group_size not in _BLOCKS):
+            raise OptionError(
+                f"{name} is stored as {format.name}, but TensorRT dequantizes int4 in groups of 64 "
+                "or 128 and int8 by whole rows; export the bf16 checkpoint with --group-size 128, "
+                "or as int8-weight-only."
+            )
         if format.activations and name not in input_absmax:
             raise OptionError(
                 f"{name} is stored as {format.name}, for which TensorRT needs one constant scale "
-                "of its input, and calibration has not seen that input; export with calibration, "
-                "or with a weight-only or bf16 format for this linear."
+                "of its input, and calibration, which is of decoder layers, has not seen that "
+                "input; export with calibration, or with a weight-only or bf16 format for this "
+                "linear."
             )
-        if format.activations and not math.isfinite(input_absmax[name]):
-            raise OptionError(
-                f"the inputs of {name} reached {input_absmax[name]} in calibration, which gives no "
-                "scale; calibrate with other samples or choose a weight-only format."
-            )
+        if format.activations:
+            scale = float(_input_scale(input_absmax[name], format, dtype))
+            if not 0 < scale < math.inf:
+                raise OptionError(
+                    f"the inputs of {name} reached {input_absmax[name]} in calibration, which "
+                    f"gives no scale in {_name(dtype)}; calibrate with other samples or choose a "
+                    "weight-only format."
+                )
 
 
 def signed_nibbles(codes: Tensor) -> Tensor:
@@ -106,7 +122,7 @@ class EngineWeights:
         if format is not None and format.activations:
             x = self._quantized_input(name, x, format)
         if format is not None and format.group_size:
-            product = self.graph.node("MatMul", x, self._blocked(name, format))
+            product = self.graph.node("MatMul", x, self._blocked(name, format.group_size))
             return product if bias is None else self.graph.node("Add", product, bias)
         weight = self.tensor(f"{name}.weight") if format is None else self._per_row(name)
         return self.rows_product(x, weight, bias)
@@ -122,8 +138,8 @@ class EngineWeights:
         # In parts: the head of the 7B is a gigabyte, and the check of all of it two more.
         if not all(bool(part.isfinite().all()) for part in made.split(_CHECKED_ROWS)):
             raise ExportError(
-                f"{name} holds values that {str(self.dtype).removeprefix('torch.')} cannot; "
-                "export with --onnx-dtype bfloat16."
+                f"{name} holds values that {_name(self.dtype)} cannot; write the graphs in "
+                "bfloat16."
             )
         place = self._data.add(made)
         return self.graph.external(name, tensor_type(self.dtype), list(made.shape), place)
@@ -138,24 +154,29 @@ class EngineWeights:
         scale = self._dense(scale_name, self._engine.get(scale_name).flatten())
         return self.graph.node("DequantizeLinear", weight, scale, axis=0)
 
-    def _blocked(self, name: str, format: Format) -> str:
-        four = format.weights == "int4"
-        stored = self._engine.get(f"{name}.{'weight_packed' if four else 'weight'}")
-        codes = (unpack_int4(stored) if four else stored).T.contiguous()
-        place = self._data.add(signed_nibbles(codes) if four else codes)
-        kind = int(TensorProto.INT4 if four else TensorProto.INT8)
+    def _blocked(self, name: str, size: int) -> str:
+        codes = unpack_int4(self._engine.get(f"{name}.weight_packed")).T.contiguous()
+        place = self._data.add(signed_nibbles(codes))
+        kind = int(TensorProto.INT4)
         weight = self.graph.external(f"{name}.weight", kind, list(codes.shape), place)
         scale_name = f"{name}.weight_scale"
         scale = self._dense(scale_name, self._engine.get(scale_name).T)
-        return self.graph.node(
-            "DequantizeLinear", weight, scale, axis=0, block_size=format.group_size
-        )
+        return self.graph.node("DequantizeLinear", weight, scale, axis=0, block_size=size)
 
     def _quantized_input(self, name: str, x: str, format: Format) -> str:
-        dtype, largest = _CODES[format.weights]
-        # An input that was always zero has no range; any scale keeps it zero.
-        top = self._engine.input_absmax[name] or largest
-        scale = self.graph.constant(top / largest, self.dtype)
-        zero = self.graph.constant(torch.zeros((), dtype=dtype))
+        top = self._engine.input_absmax[name]
+        scale = self.graph.constant(_input_scale(top, format, self.dtype))
+        zero = self.graph.constant(torch.zeros((), dtype=_CODES[format.weights][0]))
         codes = self.graph.node("QuantizeLinear", x, scale, zero)
         return self.graph.node("DequantizeLinear", codes, scale)
+
+
+def _input_scale(top: float, format: Format, dtype: torch.dtype) -> Tensor:
+    """The constant [] by which inputs of up to ``top`` are divided."""
+    largest = _CODES[format.weights][1]
+    # An input that was always zero has no range; any scale keeps it zero.
+    return torch.tensor((top or largest) / largest, dtype=dtype)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -16,6 +16,10 @@ A windowed block gathers the rotated q, k and v into [W, L] windows, attends wit
 values each and gathers the patches back; a full block attends over the page as it is. No mask has
 P x P values. Rotation is in fp32, as in the torch tower.
 
+That a full block runs as one fused kernel is assumed of TensorRT, which has run none of this: a
+kernel that stores its scores would need heads x P x P values, 137 GB for a page of 65,536 patches
+at 16 heads. TensorRT-RTX 1.7.1 compiles it, which does not say how much memory it takes.
+
 Opset 23, the first with ``Attention``, which the parser takes since TensorRT 10.14 (by its release
 notes; TensorRT-LLM 1.2.1 has 10.14.1). Its rotary layer is of 10.15: rotation is written out.
 """
