@@ -40,8 +40,8 @@ class EngineInfo:
     ``identity`` (64 hex digits) stands for everything that may change a bit of what it computes;
     pixels are the limits per page; ``context`` is in tokens. ``step_bytes`` are the weights that
     one decode step reads, ``token_kv_bytes`` the keys and values of one token it looks back at.
-    ``backend``, ``kernels``, ``prefill``, ``kv`` and ``graphs`` are how it computes: see
-    ``Reranker.load``.
+    0 bytes are unknown ones. ``backend``, ``kernels``, ``prefill``, ``kv`` and ``graphs`` are how
+    it computes: see ``Reranker.load``.
     """
 
     identity: str
@@ -88,6 +88,9 @@ class LoadedEngine:
     def info(self) -> EngineInfo:
         """The engine in a few plain values."""
         model, compute = self.engine.model, self.engine.compute
+        # What TensorRT-LLM computes with was decided when its engines were built.
+        built = trtllm.bundle_model(self.engine) is not None
+        kv_bytes = kv_bytes_per_token(model.spec.text, model.dtype, model.kv)
         return EngineInfo(
             identity=self.identity.hex(),
             profile=self.tokenizer.template.profile,
@@ -97,10 +100,10 @@ class LoadedEngine:
             max_pixels=self.budget.max_pixels,
             context=self.context,
             step_bytes=model.step_bytes,
-            token_kv_bytes=kv_bytes_per_token(model.spec.text, model.dtype, model.kv),
-            kernels=compute.target.kernels,
+            token_kv_bytes=0 if built else kv_bytes,
+            kernels=self.backend if built else compute.target.kernels,
             prefill=compute.prefill,
-            kv=compute.kv,
+            kv="built" if built else compute.kv,
             graphs=compute.graphs,
             backend=self.backend,
         )

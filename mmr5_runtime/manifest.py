@@ -12,8 +12,9 @@ Version 3, as written by ``mmr5-export``; every key is required::
     template         {name, sha256} of the prompt template
     pixel_budget     {min_pixels, max_pixels}
     image            {mean: [3], std: [3], patch_size, merge_size, temporal_patch_size}
-    files            {name: {sha256, size in bytes}} of every other file in the folder; a name may
-                     be a path below it, with "/" between its parts
+    files            {name: {sha256, size in bytes}} of every other file in the folder, but not of
+                     engines that TensorRT-LLM builds there; a name may be a path below it, with
+                     "/" between its parts
     tensors          {stored tensor: safetensors file}
     backends         {backend: {files: [names], verified: text, ... facts of its own}} of what was
                      added for other engines than the native one
@@ -37,6 +38,17 @@ SCHEMA_VERSION = 3
 _READ = (2, 3)
 # For people; what an engine computes does not depend on them, and they tell of every backend.
 _DESCRIPTIONS = ("README.md", "report.json")
+# Of the checkpoint, beside its tensors: what the native engine reads, and readers of the folder.
+_CHECKPOINT = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
 
 
 @dataclass(frozen=True)
@@ -313,6 +325,8 @@ def _check_names(manifest: Manifest) -> None:
             raise ValueError(f"the backend {backend} lacks its file {unlisted[0]!r}")
         if shared := sorted(set(added.files) & set(manifest.tensors.values())):
             raise ValueError(f"{shared[0]!r} of the backend {backend} holds tensors of the engine")
+        if shared := sorted(set(added.files) & set(_CHECKPOINT)):
+            raise ValueError(f"{shared[0]!r} of the backend {backend} is the engine's own")
 
 
 def _require_whole(**fields: object) -> None:

@@ -28,6 +28,28 @@ class PlannedPage:
 
 
 @dataclass(frozen=True)
+class PromptLimits:
+    """What an engine was built for beside its context, in tokens; None where nothing was settled.
+
+    ``prompt`` are those of one prompt, ``images`` those of its pages. ``again`` is how much of the
+    answer may have to be read as part of a prompt.
+    """
+
+    prompt: int | None = None
+    images: int | None = None
+    again: int = 0
+
+    def for_pages(self, context: int, text: int, reply: int) -> tuple[int, str]:
+        """Most tokens of pages beside ``text`` and ``reply``, and which limit that comes from."""
+        found = [(context - text - reply, "context")]
+        if self.prompt is not None:
+            found.append((self.prompt - text - self.again, "max_input_len"))
+        if self.images is not None:
+            found.append((self.images, "max_multimodal_len"))
+        return min(found, key=lambda one: one[0])
+
+
+@dataclass(frozen=True)
 class ContextPlan:
     """A prompt cut into segments, and how many tokens may follow it."""
 
@@ -63,31 +85,42 @@ def plan_prompt(
     planned: Sequence[PlannedPage],
     budget: PixelBudget,
     max_new_tokens: int,
+    limits: PromptLimits | None = None,
 ) -> ContextPlan:
-    """Tokenize the prompt for ``planned`` pages and check it against ``context``.
+    """Tokenize the prompt for ``planned`` pages and check it against ``context`` and ``limits``.
 
     ``max_new_tokens`` is cut to what the context leaves, but never below what a reply about all
     pages needs: then ContextOverflowError gives the tokens per page and the ``max_pixels`` that
     would fit. Raises RequestError for a bad query.
     """
+    limits = limits or PromptLimits()
     per_page = [page.tokens for page in planned]
     segments = tokenizer.segments(query, per_page)
     total = len(segments.ids)
     reply = reply_tokens(len(planned), max_new_tokens)
-    room = context - total
-    if room < reply:
+    images = sum(per_page)
+    allowance, limit = limits.for_pages(context, total - images, reply)
+    if images > allowance:
         shape = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}
-        allowance = context - reply - (total - sum(per_page))
         fitting = fitting_max_pixels(sizes, allowance, budget, **shape) if allowance > 0 else None
         if fitting:
             remedy = f"pass max_pixels={fitting} or fewer pages"
         else:
             remedy = "pass fewer pages" if len(sizes) > 1 else "shorten the question"
+        if limit == "context":
+            needs = f"the prompt needs {total} tokens and {reply} for the reply, but the context "
+            needs += f"holds {context}"
+        elif limit == "max_input_len":
+            behind = f" and {limits.again} of the answer behind it" if limits.again else ""
+            needs = f"the prompt needs {total} tokens{behind}, but the engine was built for prompts"
+            needs += f" of {limits.prompt} ({limit})"
+        else:
+            needs = f"the pages have {images} tokens together, but the engine was built for "
+            needs += f"{limits.images} ({limit})"
         raise ContextOverflowError(
-            f"the prompt needs {total} tokens and {reply} for the reply, but the context "
-            f"holds {context} (visual tokens per page: {_abridged(per_page)}); {remedy}."
+            f"{needs} (visual tokens per page: {_abridged(per_page)}); {remedy}."
         )
-    return ContextPlan(segments, min(max_new_tokens, room))
+    return ContextPlan(segments, min(max_new_tokens, context - total))
 
 
 def plan_context(
@@ -116,13 +149,16 @@ def most_pages(
     query: str,
     planned: Sequence[PlannedPage],
     max_new_tokens: int,
+    limits: PromptLimits | None = None,
 ) -> int:
     """How many of the pages fit one prompt, whichever they are: counted with the largest ones."""
     largest = sorted((page.tokens for page in planned), reverse=True)
+    limits = limits or PromptLimits()
 
     def fits(count: int) -> bool:
-        prompt = len(tokenizer.segments(query, largest[:count]).ids)
-        return prompt + reply_tokens(count, max_new_tokens) <= context
+        images = sum(largest[:count])
+        text = len(tokenizer.segments(query, largest[:count]).ids) - images
+        return images <= limits.for_pages(context, text, reply_tokens(count, max_new_tokens))[0]
 
     low, high = 0, len(largest)
     while low < high:

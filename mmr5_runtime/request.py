@@ -19,12 +19,19 @@ from mmr5_runtime.loading import LoadedEngine
 from mmr5_runtime.memory import Memory
 from mmr5_runtime.options import RerankOptions
 from mmr5_runtime.pages import Page
-from mmr5_runtime.planning import ContextPlan, most_pages, plan_pages, plan_prompt
+from mmr5_runtime.planning import (
+    ContextPlan,
+    PromptLimits,
+    most_pages,
+    plan_pages,
+    plan_prompt,
+)
 from mmr5_runtime.prompt import PromptTokenizer, check_query
 from mmr5_runtime.reading import Prompt, UseCounts
 from mmr5_runtime.reuse.page_source import PageSource
 from mmr5_runtime.sampler import SamplingParams
 from mmr5_runtime.timing import Timings
+from mmr5_runtime.trtllm.model import prompt_limits
 from mmr5_runtime.types import ContextOverflowError, PlanName, RequestError
 
 
@@ -52,10 +59,15 @@ class Request:
         """Has the model alone, where several requests run at the same time."""
         return nullcontext() if self.seat is None else self.seat.turn()
 
+    @property
+    def limits(self) -> PromptLimits:
+        """What the engine was built for beside its context."""
+        return prompt_limits(self.loaded.engine.model, self.options, self.tokenizer.text_ids)
+
     def plan_prompt(
         self, pages: Sequence[int], tokenizer: PromptTokenizer | None = None
     ) -> ContextPlan:
-        """The prompt over candidates ``pages``, checked against the context."""
+        """The prompt over candidates ``pages``, checked against context and limits."""
         return plan_prompt(
             tokenizer or self.tokenizer,
             self.loaded.engine.spec.vision,
@@ -65,6 +77,7 @@ class Request:
             [self.bank.planned[index] for index in pages],
             self.budget,
             self.options.max_new_tokens,
+            self.limits,
         )
 
     def prompt(
@@ -160,8 +173,14 @@ def open_request(
 def _choose_plan(request: Request) -> tuple[PlanName, Plan | None]:
     options, count = request.options, len(request.bank)
     everything = range(count)
-    planned, context = request.bank.planned, request.loaded.context
-    fits = most_pages(request.tokenizer, context, request.query, planned, options.max_new_tokens)
+    fits = most_pages(
+        request.tokenizer,
+        request.loaded.context,
+        request.query,
+        request.bank.planned,
+        options.max_new_tokens,
+        request.limits,
+    )
     if fits < count:
         try:
             request.plan_prompt(everything)

@@ -32,8 +32,9 @@ from mmr5_runtime.request import open_bank, open_request, open_sources
 from mmr5_runtime.reuse.config import CacheConfig
 from mmr5_runtime.reuse.page_source import PageSource
 from mmr5_runtime.serving import serve
+from mmr5_runtime.trtllm.loading import BACKEND as TENSORRT_LLM
 from mmr5_runtime.trtllm.model import BundleModel
-from mmr5_runtime.trtllm.options import check_options
+from mmr5_runtime.trtllm.options import check_document, check_options
 from mmr5_runtime.turns import Turns
 from mmr5_runtime.types import EngineError, RequestError, RerankResult, StreamEvent
 from mmr5_runtime.warming import warm_up
@@ -49,17 +50,7 @@ class Reranker:
 
     def __init__(self, loaded: LoadedEngine, memory: Memory, concurrency: int = 1) -> None:
         """Raises RequestError for a ``concurrency`` that is not 1 to 8."""
-        whole = isinstance(concurrency, int) and not isinstance(concurrency, bool)
-        if not (whole and 1 <= concurrency <= MAX_DECODE_SEQUENCES):
-            raise RequestError(
-                f"concurrency={concurrency!r} is not a whole number from 1 to "
-                f"{MAX_DECODE_SEQUENCES}; pass 1 to serve one request at a time."
-            )
-        if concurrency > 1 and isinstance(loaded.engine.model, BundleModel):
-            raise RequestError(
-                f"concurrency={concurrency} decodes answers together on our own engines; leave it "
-                "out on the TensorRT-LLM backend."
-            )
+        _check_concurrency(concurrency, loaded.backend)
         self._loaded: LoadedEngine | None = loaded
         self._memory = memory
         self._running = Turns(concurrency)
@@ -107,6 +98,8 @@ class Reranker:
         once for all of them. Each holds keys and values of its own. Where decode steps are plain
         torch, as on a CPU, the last bits of logits then depend on what else is being decoded, so
         that a tie may be decided otherwise from run to run; those of the Triton kernels do not.
+        In ONNX Runtime a pass decodes one sequence after the other: the weights are read for each,
+        and no bit depends on the others.
 
         ``backend``: ``native`` runs the weights in PyTorch with the kernels above;
         ``onnxruntime`` the graphs of a folder that was exported with ``--backend onnxruntime``,
@@ -120,6 +113,7 @@ class Reranker:
         unusable disk cache, and for a GPU, driver or Triton that does not serve what was asked;
         OutOfMemoryError when the weights do not fit; RequestError for an option.
         """
+        _check_concurrency(concurrency, backend)
         loaded = load_engine(
             Path(path),
             device=device,
@@ -223,9 +217,12 @@ class Reranker:
     def open_document(self, pages: Sequence[Page]) -> Document:
         """Open and encode ``pages`` now and keep them in memory until the document is closed.
 
-        Raises RequestError when they do not fit the cache together; nothing is pinned then.
+        Raises RequestError when they do not fit the cache together, and on TensorRT-LLM's LLM API;
+        nothing is pinned then.
         """
         loaded = self._require_loaded()
+        if isinstance(loaded.engine.model, BundleModel):
+            check_document(loaded.engine.model.runner)
         sources = open_sources(self._memory, pages)
         bank = open_bank(loaded, self._memory, sources, loaded.budget)
         document = Document(self.rerank, self._memory, sources, bank.keys)
@@ -275,7 +272,7 @@ class Reranker:
         loaded = self._require_loaded()
         asked = RerankOptions(top_k=top_k, **options)
         if isinstance(loaded.engine.model, BundleModel):
-            check_options(asked)
+            check_options(asked, loaded.engine.model.runner.ignores)
         return serve(open_request(loaded, self._memory, query, pages, asked, seat))
 
     def _seat(self) -> Seat | None:
@@ -291,6 +288,8 @@ class Reranker:
         Waits for running requests. A stream that is still open keeps the model until it is closed.
         """
         with self._running.take(self._running.count):
+            if self._loaded is not None and isinstance(self._loaded.engine.model, BundleModel):
+                self._loaded.engine.model.runner.close()
             self._loaded = None
             self._batcher = None
             self._memory.clear()
@@ -312,3 +311,18 @@ class Reranker:
         if self._loaded is None:
             raise EngineError("this Reranker is closed; load the engine again.")
         return self._loaded
+
+
+def _check_concurrency(concurrency: int, backend: str) -> None:
+    """Raises RequestError for a number that is not served, or not by ``backend``."""
+    whole = isinstance(concurrency, int) and not isinstance(concurrency, bool)
+    if not (whole and 1 <= concurrency <= MAX_DECODE_SEQUENCES):
+        raise RequestError(
+            f"concurrency={concurrency!r} is not a whole number from 1 to {MAX_DECODE_SEQUENCES}; "
+            "pass 1 to serve one request at a time."
+        )
+    if concurrency > 1 and backend == TENSORRT_LLM:
+        raise RequestError(
+            f"concurrency={concurrency} decodes answers together on our own engines; leave it out "
+            "on the TensorRT-LLM backend."
+        )

@@ -20,6 +20,7 @@ from mmr5_runtime.request import open_request
 from mmr5_runtime.reuse.config import CacheConfig
 from mmr5_runtime.serving import serve
 from mmr5_runtime.step.buckets import SEQUENCES
+from mmr5_runtime.trtllm.model import BundleModel
 
 _PAGE = (448, 616)  # pixels; an engine's own limits may resize it
 _TOKENS = 4
@@ -33,7 +34,9 @@ def warm_up(loaded: LoadedEngine, concurrency: int = 1) -> int:
     """
     memory = Memory(CacheConfig.off(), loaded, DEFAULT_MAX_IMAGE_PIXELS)
     pages = [Image.new("RGB", _PAGE, color) for color in ("white", "gray")]
-    for draft in (False, True):
+    # TensorRT-LLM has no drafts, and refuses them.
+    drafts = (False,) if isinstance(loaded.engine.model, BundleModel) else (False, True)
+    for draft in drafts:
         options = RerankOptions(max_new_tokens=_TOKENS, draft=draft)
         for _ in serve(open_request(loaded, memory, "warm-up", pages, options)):
             pass

@@ -14,13 +14,13 @@ from typing import Any
 from mmr5_export.assemble import Progress
 from mmr5_export.finished import FinishedEngine
 from mmr5_export.options import ExportOptions, OptionError
-from mmr5_export.tensorrt_parts import TENSORRT_PARTS
+from mmr5_export.tensorrt_parts import TENSORRT_PARTS, is_built, require_onnx
 from mmr5_export.wish import GRAPHS_BYTES, Part, Planned, Wish
 from mmr5_kernels.layout import Format
 from mmr5_runtime.artifact import MANIFEST_NAME, Backend
 from mmr5_runtime.onnx.files import BACKEND as ONNXRUNTIME
 from mmr5_runtime.onnx.files import GRAPHS
-from mmr5_runtime.onnx.session import is_installed, runtime
+from mmr5_runtime.onnx.session import obstacle, runtime
 from mmr5_runtime.types import ExportError
 
 TENSORRT = "tensorrt-llm"
@@ -59,36 +59,56 @@ def needs_ranges(formats: Mapping[str, Format], options: ExportOptions) -> bool:
     return bool(static) and any(kind.activations is not None for kind in decoder)
 
 
-def write_backends(
+def write_graphs_part(
     engine: FinishedEngine, options: ExportOptions, progress: Progress
 ) -> dict[str, Backend]:
-    """Writes all that ``options`` ask for into the folder of ``engine``; says what it was.
+    """The graphs of ONNX Runtime in the folder of ``engine``, if ``options`` ask for them.
 
-    What a part wrote is what its files are: the folder is looked at before and after.
+    The first to be written: they can be run, and what they give can end the export.
     """
-    found: dict[str, Backend] = {}
+    if ONNXRUNTIME not in options.backend:
+        return {}
+    files, facts = _write(_PARTS[0], engine, options, progress)
+    return {ONNXRUNTIME: Backend(files, facts.pop("verified"), facts)}
+
+
+def write_tensorrt_parts(
+    engine: FinishedEngine, options: ExportOptions, progress: Progress
+) -> dict[str, Backend]:
+    """All that ``options`` ask for of TensorRT, written into the folder of ``engine``."""
+    added: tuple[str, ...] = ()
     targets: dict[str, dict[str, Any]] = {}
     for part in chosen_parts(options):
-        before = _files(engine.folder)
-        facts = part.write(engine, options, progress)
-        files = tuple(sorted(_files(engine.folder) - before))
-        if part.name == ONNXRUNTIME:
-            found[part.name] = Backend(files, facts.pop("verified"), facts)
-        else:
-            targets[part.name] = {"files": list(files), **facts}
-    if targets:
-        files = tuple(name for facts in targets.values() for name in facts.pop("files"))
-        verified = "; ".join(f"{name}: {facts['verified']}" for name, facts in targets.items())
-        found[TENSORRT] = Backend(files, verified, {"targets": targets})
-    return found
+        if part.name != ONNXRUNTIME:
+            files, targets[part.name] = _write(part, engine, options, progress)
+            added += files
+    if not targets:
+        return {}
+    verified = "; ".join(f"{name}: {facts['verified']}" for name, facts in targets.items())
+    return {TENSORRT: Backend(added, verified, {"targets": targets})}
 
 
-def _files(folder: Path) -> set[str]:
-    paths = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix() for path in paths} - {MANIFEST_NAME}
+def _write(
+    part: Part, engine: FinishedEngine, options: ExportOptions, progress: Progress
+) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """What a part wrote is what its files are: the folder is looked at before and after."""
+    before = set(listed_files(engine.folder))
+    facts = part.write(engine, options, progress)
+    return tuple(sorted(set(listed_files(engine.folder)) - before)), facts
+
+
+def listed_files(folder: Path) -> list[str]:
+    """Files of an engine folder that its manifest answers for, by their path in it, sorted.
+
+    That is all but the manifest itself, and what a build made and will make anew.
+    """
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    names = {path.as_posix() for path in paths} - {MANIFEST_NAME}
+    return sorted(name for name in names if not is_built(name))
 
 
 def _check_onnxruntime(wish: Wish) -> None:
+    require_onnx("--backend onnxruntime")
     from mmr5_export.onnx.ort_linear import refuse
 
     refuse(wish.spec, wish.formats)
@@ -110,9 +130,9 @@ def _write_onnxruntime(
         onnx.checker.check_model(str(path))
     progress(ONNXRUNTIME, 1, 1)
     return {
-        "verified": "checked by onnx; not executed in this export",
+        "verified": "checked by onnx",
         "onnx": onnx.__version__,
-        "onnxruntime": runtime().__version__ if is_installed() else None,
+        "onnxruntime": runtime().__version__ if obstacle() is None else None,
     }
 
 

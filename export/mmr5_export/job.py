@@ -34,6 +34,8 @@ from mmr5_export.source import MINI, Location, locate
 from mmr5_export.wish import Wish
 from mmr5_runtime.artifact import ImageSettings, PixelRange, file_sha256, tool_versions
 from mmr5_runtime.image import PixelBudget
+from mmr5_runtime.onnx.files import BACKEND as ONNXRUNTIME
+from mmr5_runtime.onnx.session import obstacle
 from mmr5_runtime.prompt import DEFAULT_PROFILE, PromptTokenizer, Template, load_template
 from mmr5_runtime.spec import ModelSpec, tensor_shapes
 from mmr5_runtime.types import CheckpointError, EngineError, ExportError
@@ -191,8 +193,7 @@ class Job:
         versions = tool_versions() | {name: _version(name) for name in _LIBRARIES}
         if any("gptq" in method for method in self.methods().values()):
             versions |= {name: _version(name) for name in _GPTQ_LIBRARIES}
-        if self.options.backend:
-            versions |= {name: _version(name) for name in _GRAPH_LIBRARIES}
+        versions |= {name: _version(name) for name in _graph_libraries(self.options)}
         gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
         capability = torch.backends.cpu.get_cpu_capability()
         return {
@@ -206,7 +207,7 @@ class Job:
 # Beside torch: what turns pages into pixels and text into tokens, solves GPTQ, writes graphs.
 _LIBRARIES = ("numpy", "pillow", "tokenizers")
 _GPTQ_LIBRARIES = ("llmcompressor", "compressed-tensors", "transformers")
-_GRAPH_LIBRARIES = ("onnx", "onnxruntime")
+_ONNX_TARGETS = {"engine", "onnx"}
 _NOT_IDENTIFYING = {
     "calib_data",  # its content is, under samples
     "profile",  # its content is, under template
@@ -218,6 +219,23 @@ _NOT_IDENTIFYING = {
     "min_top1_agreement",
     "checkpoint_out",
 }
+
+
+def _graph_libraries(options: ExportOptions) -> list[str]:
+    """What writes, runs and compiles the graphs that are asked for."""
+    found = ["onnx"] if ONNXRUNTIME in options.backend or _ONNX_TARGETS & {*options.targets} else []
+    if ONNXRUNTIME in options.backend:
+        found.append("onnxruntime")
+    if options.aot == "rtx":
+        found.append("tensorrt-rtx-cu13-libs")
+    return found
+
+
+def graphs_unverified(job: Job) -> str | None:
+    """Why graphs of ONNX Runtime are not verified where the engine is; None when they are."""
+    if job.device.type != "cpu":
+        return f"they run on a CPU, and this export on {job.device.type}"
+    return obstacle()
 
 
 def prepare(

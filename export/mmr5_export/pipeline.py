@@ -75,7 +75,8 @@ def export(
         with open_journal(work, identity, resume=options.resume, discard=options.force) as journal:
             if not _over(journal, job):
                 check_output(output, options.force)  # a resumed export comes here unchecked
-                run = Run(job, journal, required.answering, progress)
+                skipped = required.graphs_skipped
+                run = Run(job, journal, required.answering, progress, skipped)
                 run.calibrate()
                 rejected = make_engine(run)
                 if rejected is None:

@@ -13,14 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mmr5_export.agreement import VerificationFailed
+from mmr5_export.agreement import VerificationFailed, reference_name
 from mmr5_export.assemble import EngineTensors, TakenOver, write_tensors
-from mmr5_export.backends import write_backends
+from mmr5_export.backends import listed_files, write_graphs_part, write_tensorrt_parts
 from mmr5_export.checkpoint import Checkpoint
 from mmr5_export.evaluate import Evaluation, evaluate_engine
-from mmr5_export.finished import open_finished
+from mmr5_export.finished import FinishedEngine, open_finished
 from mmr5_export.hf_checkpoint import write_checkpoint
-from mmr5_export.job import Job
+from mmr5_export.job import Job, graphs_unverified
 from mmr5_export.places import (
     check_checkpoint,
     check_output,
@@ -31,7 +31,10 @@ from mmr5_export.places import (
 )
 from mmr5_export.prequantized import QuantizedCheckpoint
 from mmr5_export.report import (
+    ENGINE,
+    GRAPHS,
     Facts,
+    Judged,
     Threshold,
     manifest_report,
     report_document,
@@ -54,7 +57,6 @@ from mmr5_runtime.artifact import (
 )
 from mmr5_runtime.loading import load_engine
 from mmr5_runtime.onnx.files import BACKEND as ONNXRUNTIME
-from mmr5_runtime.onnx.session import is_installed
 from mmr5_runtime.spec import parameter_count
 from mmr5_runtime.types import ExportError
 
@@ -67,8 +69,9 @@ def engine_folder(work: Path) -> Path:
 def make_engine(run: Run) -> str | None:
     """Brings every file of the engine to the disk, in the work folder, and verifies it.
 
-    Files for other backends come last, and not at all for an engine that is rejected. Returns why
-    the engine must not be published, None when nothing speaks against it.
+    Files for other backends come last, those that can be verified before the others, and nothing
+    behind what is rejected. Returns why the engine must not be published, None when nothing speaks
+    against it.
     """
     job, folder = run.job, engine_folder(run.journal.folder)
     shutil.rmtree(folder, ignore_errors=True)
@@ -78,54 +81,57 @@ def make_engine(run: Run) -> str | None:
     source = engine_tensors(run, run.plan.formats)
     write_tensors(source, run.plan, folder, run.progress)
     layers = _layers(run, source)
+    hashed: dict[str, FileEntry] = {}
     # For those who load the engine now; written again below.
-    write_manifest(folder, _manifest(run, folder, {}, {}))
+    write_manifest(folder, _manifest(run, folder, {}, {}, hashed))
     evaluation = _verify(run, folder)
     rejected = verdict(job, evaluation)
-    backends = {} if rejected else _write_backends(run, folder, layers)
-    if ONNXRUNTIME in backends and (found := _verify_graphs(run, folder, backends)) is not None:
-        backends = {**backends, ONNXRUNTIME: _verified(backends[ONNXRUNTIME], found)}
-        rejected = verdict(job, found)
+    backends: dict[str, Backend] = {}
+    if rejected is None:
+        engine, options = _finished(run, folder, layers), job.options
+        backends |= write_graphs_part(engine, options, run.progress)
+        if backends:
+            write_manifest(folder, _manifest(run, folder, {}, backends, hashed))
+            backends[ONNXRUNTIME], rejected = _verify_graphs(run, folder, backends[ONNXRUNTIME])
+        if rejected is None:
+            backends |= write_tensorrt_parts(engine, options, run.progress)
     document = report_document(_facts(run, layers, backends), evaluation, _threshold(job))
     document["unverified"] = job.unverified
     (folder / MANIFEST_NAME).unlink()
     write_report(folder, document)
-    write_manifest(folder, _manifest(run, folder, manifest_report(document), backends))
+    write_manifest(folder, _manifest(run, folder, manifest_report(document), backends, hashed))
     sync_folder(folder)
     return rejected
 
 
-def _verify_graphs(run: Run, folder: Path, backends: Mapping[str, Backend]) -> Evaluation | None:
-    """The held-out lists on the graphs; None where the engine is not verified, or not on a CPU."""
-    if run.job.device.type != "cpu" or not is_installed():
-        return None
-    write_manifest(folder, _manifest(run, folder, {}, backends))
-    return _verify(run, folder, ONNXRUNTIME)
-
-
-def _verified(backend: Backend, found: Evaluation) -> Backend:
-    """``backend`` with what running its graphs on the held-out lists gave."""
+def _verify_graphs(run: Run, folder: Path, graphs: Backend) -> tuple[Backend, str | None]:
+    """``graphs`` with what the held-out lists gave on them, and why they must not be published."""
+    job = run.job
+    reason = job.unverified or graphs_unverified(job) or run.graphs_skipped
+    if reason is not None:
+        said = f"{graphs.verified}; not executed in this export ({reason.rstrip('.')})"
+        return replace(graphs, verified=said), None
+    found = _verify(run, folder, ONNXRUNTIME)
+    assert found is not None
+    reference = reference_name(found.ranks.reference_by)
     said = (
-        f"checked by onnx and run by onnxruntime {backend.facts['onnxruntime']} on the "
-        f"{len(found.ranks.samples)} held-out lists: first page as before on "
-        f"{found.ranks.first_choice_agreement:.1%}, next token on {found.tokens.agreement:.2%}"
+        f"{graphs.verified} and run by onnxruntime {graphs.facts['onnxruntime']} on the "
+        f"{len(found.ranks.samples)} held-out lists: first page that of {reference} on "
+        f"{found.ranks.first_choice_agreement:.1%}, next token the original's on "
+        f"{found.tokens.agreement:.2%}"
     )
-    return replace(
-        backend, verified=said, facts={**backend.facts, "verification": verification_means(found)}
-    )
+    facts = {**graphs.facts, "verification": verification_means(found)}
+    return replace(graphs, verified=said, facts=facts), verdict(job, found, GRAPHS)
 
 
-def _write_backends(
-    run: Run, folder: Path, layers: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Backend]:
-    """What was asked for besides the native engine, made from the engine in ``folder``."""
+def _finished(run: Run, folder: Path, layers: Mapping[str, Mapping[str, Any]]) -> FinishedEngine:
+    """The engine in ``folder`` as the writers of files for other engines see it."""
     checkpoint = run.job.checkpoint
     original = checkpoint.read if isinstance(checkpoint, Checkpoint) else None
     ranges = {
         name: layer["input_absmax"] for name, layer in layers.items() if "input_absmax" in layer
     }
-    engine = open_finished(folder, original, ranges)
-    return write_backends(engine, run.job.options, run.progress)
+    return open_finished(folder, original, ranges)
 
 
 def engine_tensors(run: Run, formats: Mapping[str, Format]) -> EngineTensors:
@@ -136,13 +142,16 @@ def engine_tensors(run: Run, formats: Mapping[str, Format]) -> EngineTensors:
     return run.tensors(formats)
 
 
-def verdict(job: Job, evaluation: Evaluation | None) -> str | None:
-    """Why the engine must not be published; None when nothing speaks against it."""
+def verdict(job: Job, evaluation: Evaluation | None, what: Judged = ENGINE) -> str | None:
+    """Why the engine must not be published; None when nothing speaks against it.
+
+    ``what`` gave the evaluation: the engine itself, or the graphs beside it.
+    """
     threshold = _threshold(job)
     if threshold is None or evaluation is None:
         return None
     try:
-        threshold.check(evaluation.ranks)
+        threshold.check(evaluation.ranks, what)
     except VerificationFailed as error:
         return f"{str(error).rstrip('.')}; what was made is in {rejected_folder(job.output)}."
     return None
@@ -302,9 +311,18 @@ def _quant(run: Run) -> Quant:
 
 
 def _manifest(
-    run: Run, folder: Path, report: Mapping[str, Any], backends: Mapping[str, Backend]
+    run: Run,
+    folder: Path,
+    report: Mapping[str, Any],
+    backends: Mapping[str, Backend],
+    hashed: dict[str, FileEntry],
 ) -> Manifest:
+    """The manifest of what is in ``folder``; ``hashed`` keeps the hashes of files seen before."""
     job, template = run.job, run.job.template
+    names = listed_files(folder)
+    for name in names:
+        if name not in hashed:
+            hashed[name] = FileEntry(file_sha256(folder / name), (folder / name).stat().st_size)
     return Manifest(
         created_by=job.environment["versions"],
         source=_source(job),
@@ -313,11 +331,7 @@ def _manifest(
         template=TemplateRef(template.name, template.sha256),
         pixel_budget=job.budget,
         image=job.image,
-        files={
-            path.relative_to(folder).as_posix(): FileEntry(file_sha256(path), path.stat().st_size)
-            for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name != MANIFEST_NAME
-        },
+        files={name: hashed[name] for name in names},
         tensors={tensor.name: tensor.file for tensor in run.plan.stored},
         report=dict(report),
         backends=backends,

@@ -24,6 +24,21 @@ WORST_LAYERS = 10
 
 
 @dataclass(frozen=True)
+class Judged:
+    """What was compared with the original: its name in a sentence, and what to do about it."""
+
+    name: str
+    remedy: str
+
+
+ENGINE = Judged("the engine", "take smaller groups, int4-mixed or int8, or ask for less")
+GRAPHS = Judged(
+    "ONNX Runtime, on the graphs of an engine that passed,",
+    "leave out --backend onnxruntime, or ask for less",
+)
+
+
+@dataclass(frozen=True)
 class Threshold:
     """The least share of held-out lists whose first page must be the original's."""
 
@@ -36,16 +51,15 @@ class Threshold:
                 "0.98."
             )
 
-    def check(self, ranks: RankMetrics) -> None:
-        """Raises :class:`VerificationFailed` when ``ranks`` fall short."""
+    def check(self, ranks: RankMetrics, what: Judged = ENGINE) -> None:
+        """Raises :class:`VerificationFailed` when the ``ranks`` of ``what`` fall short."""
         found = ranks.first_choice_agreement
         if found < self.min_top1_agreement:
             lists, reference = len(ranks.samples), reference_name(ranks.reference_by)
             raise VerificationFailed(
-                f"the engine agrees with {reference} on the first page of "
+                f"{what.name} agrees with {reference} on the first page of "
                 f"{round(found * lists)} of {lists} held-out lists ({found:.3f}), and "
-                f"--min-top1-agreement asks for {self.min_top1_agreement:g}; take smaller groups, "
-                "int4-mixed or int8, or ask for less."
+                f"--min-top1-agreement asks for {self.min_top1_agreement:g}; {what.remedy}."
             )
 
 

@@ -37,11 +37,18 @@ class Run:
 
     ``answering`` is the format of the model that is to write missing answers, None when there are
     none. ``sensitivity`` is what a mixed recipe was chosen by, None with any other.
+    ``graphs_skipped`` is why graphs of ONNX Runtime are not run, where memory is what they lack.
     """
 
     def __init__(
-        self, job: Job, journal: Journal, answering: str | None, progress: Progress
+        self,
+        job: Job,
+        journal: Journal,
+        answering: str | None,
+        progress: Progress,
+        graphs_skipped: str | None = None,
     ) -> None:
+        self.graphs_skipped = graphs_skipped
         self.job, self.journal, self.progress = job, journal, progress
         self._answering = answering
         self._hidden = HiddenStates(journal.folder / "hidden")

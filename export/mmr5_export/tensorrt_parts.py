@@ -9,19 +9,22 @@ target      folder               what is in it
 ``onnx``    tensorrt             decoder and vision tower as ONNX for TensorRT alone
 =========== ==================== ==================================================================
 
-Each folder has a ``bundle.json``; see :mod:`mmr5_export.trtllm.bundle`.
+Each folder has a ``bundle.json``; see :mod:`mmr5_export.trtllm.bundle`. Where TensorRT-LLM is
+installed, target ``engine`` is built as well. Built engines are nobody's files: no manifest and no
+bundle lists them, because ``build.sh`` makes them again, and not the same bytes.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmr5_export.assemble import Progress
 from mmr5_export.finished import FinishedEngine
-from mmr5_export.options import ExportOptions
-from mmr5_export.trtllm import refusals
+from mmr5_export.options import ExportOptions, OptionError
+from mmr5_export.trtllm import bundle, refusals
 from mmr5_export.wish import GRAPHS_BYTES, Part, Planned, Wish
 from mmr5_runtime.artifact import tool_versions
 
@@ -30,24 +33,40 @@ if TYPE_CHECKING:  # imports onnx, which is asked for by name where it is needed
 
 ENGINE_FOLDER, API_FOLDER = Path("tensorrt-llm/engine"), Path("tensorrt-llm/llm-api")
 ONNX_FOLDER = Path("tensorrt")
+EMBEDDINGS = "model.embed_tokens.weight"  # which no graph of TensorRT holds
 DTYPE = "bfloat16"  # of what stays in 16 bits; float16 does not hold all activations of this model
 POINTER = (
     "target engine is for TensorRT-LLM 1.2.1, the last stable release that builds engines; what "
     "NVIDIA supports today is --trt-target llm-api"
 )
-API_VERIFIED = (
-    "names, dtypes and shapes of tensors and keys of configs compared with ModelOpt 0.47.0, tensor "
-    "bytes equal to its own for its codes and scales; not executed"
-)
+_BUILT = tuple((ENGINE_FOLDER / name).as_posix() for name in bundle.ENGINES)
 
-_AOT_MEMORY = 4  # bytes per byte of weights: 14.3 GB were measured for 4.46 GB, 28 layers of a 7B
+# Bytes per byte of weights. 14.3 GB were measured for 4.46 GB, 28 layers of a 7B that were all the
+# same; how much of it different layers could share nobody has seen.
+_AOT_MEMORY = 4
+
+
+def is_built(name: str) -> bool:
+    """Whether a file of an engine folder, by its path in it, is what a build has made."""
+    return any(name == built or name.startswith(f"{built}/") for built in _BUILT)
+
+
+def require_onnx(option: str) -> None:
+    """Raises :class:`OptionError` where onnx is missing, which ``option`` writes graphs with."""
+    if importlib.util.find_spec("onnx") is None:
+        raise OptionError(
+            f"{option} writes graphs with the package onnx, which is not installed; install "
+            "mmr5-runtime[export], or leave the option out."
+        )
 
 
 def _check_engine(wish: Wish) -> None:
+    require_onnx("--trt-target engine")
     from mmr5_export.onnx.trt_linear import refuse_formats
     from mmr5_export.trtllm.modelopt_formats import require_supported
 
-    refusals.engine_version(wish.options)
+    version = refusals.engine_version(wish.options)
+    bundle.check_builder(version)
     require_supported(
         wish.spec, wish.formats, calibrated=wish.ranges, original=wish.original, dtype=DTYPE
     )
@@ -58,20 +77,16 @@ def _check_engine(wish: Wish) -> None:
 
 def _plan_engine(wish: Wish) -> Planned:
     memory = {"writing the TensorRT-LLM checkpoint": 4 * wish.largest_bytes}
-    return Planned((f"{ENGINE_FOLDER.as_posix()}/",), _around(wish.dense_bytes), memory)
+    files = _around(wish.dense_bytes)
+    if bundle.builder_installed():
+        files += wish.dense_bytes  # the engines
+    return Planned((f"{ENGINE_FOLDER.as_posix()}/",), files, memory)
 
 
 def _write_engine(
     engine: FinishedEngine, options: ExportOptions, progress: Progress
 ) -> dict[str, Any]:
     from mmr5_export.onnx.trt import write_vision
-    from mmr5_export.trtllm.bundle import (
-        decoder_step,
-        run_steps,
-        vision_step,
-        write_build,
-        write_bundle,
-    )
     from mmr5_export.trtllm.engine_checkpoint import write_engine_checkpoint
 
     folder, limits = engine.folder / ENGINE_FOLDER, _limits(engine, options)
@@ -85,27 +100,33 @@ def _write_engine(
     )
     profile = json.loads((folder / "vision" / "profile.json").read_text(encoding="utf-8"))
     shapes = profile["model"][0]["shapes"]
-    steps = (decoder_step(version, limits, DTYPE), vision_step(shapes))
-    write_build(folder, version, steps)
+    steps = (bundle.decoder_step(version, limits, DTYPE), bundle.vision_step(shapes))
+    bundle.write_build(folder, version, steps)
     verified = f"checkpoint: {facts.pop('verified')}; vision ONNX: checked by onnx, not executed"
-    write_bundle(folder, "engine", tool_versions(), verified, steps)
-    built = run_steps(folder, version, steps)
-    if built:
+    lines = bundle.build_lines(steps)
+    bundle.write_bundle(folder, "engine", tool_versions(), verified, lines)
+    unbuilt: str | None = "TensorRT-LLM is not installed where this was exported"
+    if bundle.builder_installed():
+        unbuilt = bundle.run_steps(folder, steps)
+    if unbuilt is None:
         verified += f"; engines built by TensorRT-LLM {version.name}, not executed"
     progress("engine", 2, 2)
     return {
         "folder": ENGINE_FOLDER.as_posix(),
         "verified": verified,
         "tensorrt_llm": version.name,
-        "built": built,
+        "built": unbuilt is None,
+        "unbuilt": unbuilt,
         **facts,
         "vision": vision,
     }
 
 
 def _check_api(wish: Wish) -> None:
+    from mmr5_export.trtllm.modelopt_formats import refuse_for_api
+
     refusals.api_versions(wish.options)
-    refusals.refuse_for_api(wish.spec, wish.formats)
+    refuse_for_api(wish.spec, wish.formats)
     refusals.refuse_lost(wish.formats, wish.original, "llm-api")
     assert wish.limits.max_input_len
 
@@ -119,28 +140,29 @@ def _write_api(
     engine: FinishedEngine, options: ExportOptions, progress: Progress
 ) -> dict[str, Any]:
     from mmr5_export.trtllm import llm_args
-    from mmr5_export.trtllm.bundle import serve_step, write_bundle, write_json
-    from mmr5_export.trtllm.unified import quant_config, write_unified
+    from mmr5_export.trtllm.compared import compared
+    from mmr5_export.trtllm.unified import write_unified
 
     folder, limits = engine.folder / API_FOLDER, _limits(engine, options)
     versions = refusals.api_versions(options)
     progress("llm-api", 0, 1)
-    write_unified(engine, folder)
+    algorithm = write_unified(engine, folder)
     for version in versions:
         text = llm_args.to_yaml(
-            llm_args.llm_args(version, limits), f"LLM arguments of TensorRT-LLM {version.name}"
+            llm_args.llm_args(limits), f"LLM arguments of TensorRT-LLM {version.name}"
         )
         (folder / llm_args.file_name(version)).write_text(text, encoding="utf-8")
-    write_json(folder / llm_args.SAMPLING_NAME, llm_args.sampling_params(limits, _stops(engine)))
-    steps = [serve_step(version) for version in versions]
-    write_bundle(folder, "llm-api", tool_versions(), API_VERIFIED, steps)
+    params = llm_args.sampling_params(limits, _stops(engine), engine.spec.eos_token_ids)
+    bundle.write_json(folder / llm_args.SAMPLING_NAME, params)
+    verified = compared(algorithm, "Qwen2.5-VL")
+    lines = {"serve": {each.name: list(bundle.serve_step(each).argv) for each in versions}}
+    bundle.write_bundle(folder, "llm-api", tool_versions(), verified, lines)
     progress("llm-api", 1, 1)
-    format = refusals.refuse_for_api(engine.spec, engine.formats)
     return {
         "folder": API_FOLDER.as_posix(),
-        "verified": API_VERIFIED,
+        "verified": verified,
         "tensorrt_llm": [version.name for version in versions],
-        "quant_algo": quant_config(format)["quantization"]["quant_algo"],
+        "quant_algo": algorithm,
     }
 
 
@@ -156,6 +178,7 @@ def _stops(engine: FinishedEngine) -> tuple[str, ...]:
 
 
 def _check_onnx(wish: Wish) -> None:
+    require_onnx("--trt-target onnx")
     from mmr5_export.onnx.rtx import require_rtx
     from mmr5_export.onnx.trt_linear import refuse_formats
 
@@ -178,7 +201,6 @@ def _write_onnx(
     engine: FinishedEngine, options: ExportOptions, progress: Progress
 ) -> dict[str, Any]:
     from mmr5_export.onnx.trt import write_tensorrt
-    from mmr5_export.trtllm.bundle import Step, write_bundle
 
     folder = engine.folder / ONNX_FOLDER
 
@@ -196,9 +218,14 @@ def _write_onnx(
     if options.aot is not None:  # and not how long it took: equal input gives equal manifests
         facts["aot"] = {"tensorrt_rtx": facts["aot"]["tensorrt_rtx"]}
     build = json.loads((folder / "build.json").read_text(encoding="utf-8"))
-    steps = [Step(f"{name}.plan", tuple(words)) for name, words in build["trtexec"].items()]
-    write_bundle(folder, "onnx", tool_versions(), facts["verified"], steps)
+    lines = {"build": list(build["trtexec"].values()), "embeddings": _embeddings(engine)}
+    bundle.write_bundle(folder, "onnx", tool_versions(), facts["verified"], lines)
     return {"folder": ONNX_FOLDER.as_posix(), **facts}
+
+
+def _embeddings(engine: FinishedEngine) -> dict[str, str]:
+    """Where the table lies that turns token ids into the decoder's ``embeds``."""
+    return {"tensor": EMBEDDINGS, "file": f"../{engine.manifest.tensors[EMBEDDINGS]}"}
 
 
 def _limits(engine: FinishedEngine, options: ExportOptions) -> refusals.Limits:

@@ -47,10 +47,11 @@ def summary_lines(manifest: Manifest) -> list[str]:
         lines.append(f"{name}: {len(backend.files)} files, {gigabytes(size)}; {backend.verified}")
     if "engine" in tensorrt_targets(manifest):
         lines.append(f"note: {POINTER}")
-        if not tensorrt_targets(manifest)["engine"]["built"]:
+        if reason := tensorrt_targets(manifest)["engine"]["unbuilt"]:
             lines.append(
-                f"to build the engines, run {ENGINE_FOLDER.as_posix()}/build.sh where "
-                "TensorRT-LLM 1.2.1 is installed, on the GPU they are for"
+                f"not built: {reason}; to build the engines, run "
+                f"{ENGINE_FOLDER.as_posix()}/build.sh where TensorRT-LLM 1.2.1 is installed, on "
+                "the GPU they are for"
             )
     found = manifest.report.get("verification")
     if found is None:

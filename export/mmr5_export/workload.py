@@ -15,6 +15,7 @@ from mmr5_export.backends import chosen_parts
 from mmr5_export.calibration import encode_prompt
 from mmr5_export.checkpoint import Checkpoint
 from mmr5_export.estimate import (
+    GRAPH_STAGE,
     Loaded,
     Needs,
     Workload,
@@ -23,13 +24,15 @@ from mmr5_export.estimate import (
     estimate,
     gigabytes,
     with_backends,
+    with_graphs,
 )
-from mmr5_export.job import Job
+from mmr5_export.job import Job, graphs_unverified
 from mmr5_export.machine import available_memory, existing, measure_speed
 from mmr5_export.responses import GivenResponses, missing_answers
 from mmr5_export.tensorrt_parts import POINTER
 from mmr5_export.wish import Planned
 from mmr5_kernels.layout import INT8_WEIGHT_ONLY, Format
+from mmr5_runtime.onnx.files import BACKEND as ONNXRUNTIME
 from mmr5_runtime.spec import decoder_linear_shapes, linear_shapes, parameter_count
 
 _DESCRIPTION_BYTES = 4 << 20  # manifest, report and card: a 7B report takes about 1 MB
@@ -43,7 +46,8 @@ class Requirements:
     ``checkpoint_bytes`` of the latter are the checkpoint beside the engine. ``missing`` answers are
     neither in the data nor kept from before. ``answering`` is the format of the model that writes
     what the data does not have, None when it has all: bf16, or int8-weight-only where bf16 would
-    not fit on the device. ``backends`` is what files for other engines take, by part.
+    not fit on the device. ``backends`` is what files for other engines take, by part;
+    ``graphs_skipped`` is why graphs of ONNX Runtime are not run, where memory is what they lack.
     """
 
     workload: Workload
@@ -54,6 +58,7 @@ class Requirements:
     missing: int
     answering: str | None
     backends: Mapping[str, Planned] = field(default_factory=dict)
+    graphs_skipped: str | None = None
 
 
 def require(job: Job) -> Requirements:
@@ -89,9 +94,29 @@ def require(job: Job) -> Requirements:
     parts = {part.name: part.plan(job.wish) for part in chosen_parts(job.options)}
     disk += sum(planned.bytes for planned in parts.values())
     needs = with_backends(needs, [planned.memory for planned in parts.values()], job.device)
+    skipped = None
+    if ONNXRUNTIME in parts and work.verify and graphs_unverified(job) is None:
+        needs, skipped = _with_graphs(job, needs, work)
     checkpoint = parameter_count(spec) * 2 if job.options.checkpoint_out else 0  # at most
     return Requirements(
-        work, engine_bytes, disk + checkpoint, checkpoint, needs, missing, answering, parts
+        work, engine_bytes, disk + checkpoint, checkpoint, needs, missing, answering, parts, skipped
+    )
+
+
+def _with_graphs(job: Job, needs: Needs, work: Workload) -> tuple[Needs, str | None]:
+    """``needs`` with running the graphs, or as they are with the reason why memory forbids that.
+
+    The engine is verified without them, so too little memory for two engines is no reason to refuse
+    the export of both.
+    """
+    found = with_graphs(needs, job.spec, job.plan().formats, work)
+    free = job.options.free_memory
+    free = available_memory(job.device) if free is None else free
+    size = found.memory[GRAPH_STAGE]
+    if free is None or size <= free:
+        return found, None
+    return needs, (
+        f"running them takes about {gigabytes(size)} of memory and {gigabytes(free)} were free"
     )
 
 

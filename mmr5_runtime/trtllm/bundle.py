@@ -15,12 +15,16 @@ version of TensorRT-LLM, ``llm_args-<version>.yaml``.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mmr5_runtime.artifact import file_sha256
+from mmr5_runtime.manifest import is_inside
 from mmr5_runtime.trtllm.prompt import Limits
 from mmr5_runtime.types import EngineError
 
@@ -29,6 +33,7 @@ TARGETS = ("engine", "llm-api")
 DESCRIPTION = "bundle.json"
 DECODER, DECODER_CONFIG, VISION = "llm/rank0.engine", "llm/config.json", "vision/model.engine"
 _ARGUMENTS = "llm_args-"
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -51,12 +56,21 @@ class Bundle:
                 )
         return BuiltEngine.from_config(self.folder)
 
+    def stamps(self) -> dict[str, tuple[int, int]]:
+        """Size and time of change of what was built: it changes with every build, not its name."""
+        stamps = {}
+        for name in (DECODER, DECODER_CONFIG, VISION):
+            if (path := self.folder / name).is_file():
+                found = path.stat()
+                stamps[name] = (found.st_size, found.st_mtime_ns)
+        return stamps
+
     def arguments_file(self, version: str) -> Path:
-        """The LLM arguments for an installed ``version``: its own, or those of its minor release.
+        """The LLM arguments for an installed ``version``: its own, or the last of its release.
 
         Raises EngineError, naming the versions there are, when there are none.
         """
-        files = {path.stem.removeprefix(_ARGUMENTS): path for path in self._arguments()}
+        files = self.arguments()
         if version in files:
             return files[version]
         near = [path for name, path in files.items() if _minor(name) == _minor(version)]
@@ -68,14 +82,20 @@ class Bundle:
             )
         return near[-1]
 
-    def _arguments(self) -> list[Path]:
-        return sorted(self.folder.glob(f"{_ARGUMENTS}*.yaml"))
+    def arguments(self) -> dict[str, Path]:
+        """Files of LLM arguments by version, the oldest first."""
+        files = {
+            path.stem.removeprefix(_ARGUMENTS): path
+            for path in self.folder.glob(f"{_ARGUMENTS}*.yaml")
+        }
+        return dict(sorted(files.items(), key=lambda item: _in_order(item[0])))
 
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """Facts of a decoder engine: its limits, rows of its rotary table, and block reuse.
+    """Facts of a decoder engine: its limits, rows of its rotary table, dtype, and block reuse.
 
+    ``dtype`` is that of everything that is not quantized, of the vision tower built beside it too;
     ``reuse``: whether prompts can start behind cached blocks, for which the engine needs paged
     context attention.
     """
@@ -83,6 +103,7 @@ class BuiltEngine:
     limits: Limits
     positions: int
     vocab_size: int
+    dtype: torch.dtype
     reuse: bool
 
     @classmethod
@@ -99,12 +120,13 @@ class BuiltEngine:
             )
             reuse = bool(build["plugin_config"]["use_paged_context_fmha"])
             positions, size = int(model["max_position_embeddings"]), int(model["vocab_size"])
+            dtype = dtype_of(model["dtype"])
         except (KeyError, TypeError, ValueError) as error:
             raise EngineError(
                 f"{path} is no description of a TensorRT-LLM engine ({error!r}); run "
                 f"{folder / 'build.sh'} again."
             ) from error
-        return cls(limits, positions, size, reuse)
+        return cls(limits, positions, size, dtype, reuse)
 
 
 def find_bundle(folder: Path) -> Bundle:
@@ -127,7 +149,8 @@ def find_bundle(folder: Path) -> Bundle:
 def check_bundle(bundle: Bundle, hashes: bool) -> None:
     """Compares every file with its size and, with ``hashes``, its sha256.
 
-    Raises EngineError naming the first that is missing or was altered.
+    Raises EngineError naming the first that is missing, was altered or lies elsewhere. Engines are
+    not among them, and may be built again.
     """
     where, remedy = bundle.folder / DESCRIPTION, "export the engine again"
     description = read_json(where, remedy)
@@ -144,6 +167,8 @@ def check_bundle(bundle: Bundle, hashes: bool) -> None:
             f"{where} is for {target!r} but lies in the folder of {bundle.target!r}; {remedy}."
         )
     for name, (sha256, size) in files.items():
+        if not is_inside(name):
+            raise EngineError(f"{where} lists the file {name!r} outside its folder; {remedy}.")
         path = bundle.folder / name
         if not path.is_file():
             raise EngineError(f"{path} is missing; copy the whole engine folder or {remedy}.")
@@ -165,5 +190,17 @@ def read_json(path: Path, remedy: str) -> Mapping[str, Any]:
     return content
 
 
+def dtype_of(name: object) -> torch.dtype:
+    """The dtype a bundle calls ``name``; KeyError when it is none it can have."""
+    return _DTYPES[str(name)]
+
+
 def _minor(version: str) -> list[str]:
     return version.split(".")[:2]
+
+
+def _in_order(version: str) -> tuple[list[int], float, str]:
+    """Sorts versions: 1.3.0rc9 before 1.3.0rc22, and that before 1.3.0."""
+    release, _, candidate = version.partition("rc")
+    numbers = [int(part) for part in re.findall(r"\d+", release)]
+    return numbers, int(candidate) if candidate.isdecimal() else float("inf"), version

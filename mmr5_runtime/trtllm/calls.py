@@ -11,16 +11,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from PIL import Image
+
+from mmr5_runtime.image import PixelBudget
 from mmr5_runtime.sampler import SamplingParams
 from mmr5_runtime.spec import ModelSpec
-from mmr5_runtime.trtllm.inputs import EngineInputs, one_pad_per_page
-from mmr5_runtime.trtllm.prompt import Limits, RunnerPrompt
+from mmr5_runtime.trtllm.inputs import EngineInputs
+from mmr5_runtime.trtllm.prompt import Limits
 from mmr5_runtime.trtllm.stops import StopWords
 from mmr5_runtime.types import EngineError
 
 ENGINE_VERSION = "1.2.1"  # the last stable release that runs TensorRT engines
 FIRST_API_VERSION = (1, 2, 1)
-_UUIDS_SINCE = (1, 3)  # prompts may name their images
+# The LLM API took these and did nothing with them: until pull request 17172 its sampler had one
+# seed for all requests, and until 16485 it knew no repetition penalty.
+_IGNORED = frozenset(("seed", "repetition_penalty"))
+_HEEDED_SINCE = (1, 4)
 KV_CACHE = "kv_cache_config"
 KV_SHARE = 0.8  # of the memory that is free once an engine is loaded; the rest is for its outputs
 
@@ -64,11 +70,17 @@ def check_version(found: str, target: str) -> tuple[int, ...]:
     return numbers
 
 
-def from_dir(folder: str, reuse: bool) -> dict[str, Any]:
+def ignored(version: Sequence[int]) -> frozenset[str]:
+    """Sampling options that the LLM API of a ``version``, as numbers, silently ignores."""
+    return frozenset() if tuple(version) >= _HEEDED_SINCE else _IGNORED
+
+
+def from_dir(folder: str, reuse: bool, gpu: int) -> dict[str, Any]:
     """Keywords of ``ModelRunnerCpp.from_dir``. ``reuse``: whether blocks can be shared."""
     return {
         "engine_dir": folder,
         "rank": 0,
+        "device_ids": [gpu],
         "kv_cache_free_gpu_memory_fraction": KV_SHARE,
         "kv_cache_enable_block_reuse": reuse,
     }
@@ -126,43 +138,46 @@ def llm_limits(arguments: Mapping[str, Any]) -> Limits:
 
 
 def llm_sampling(
-    limit: int, params: SamplingParams, ends: Ends, stops: StopWords | None
+    limit: int,
+    params: SamplingParams,
+    ends: Ends,
+    stops: StopWords | None,
+    ignores: frozenset[str] = frozenset(),
 ) -> dict[str, Any]:
-    """Keywords of the LLM API's ``SamplingParams``.
+    """Keywords of the LLM API's ``SamplingParams``, without those that it ``ignores``.
 
-    It makes one stop word of every text by tokenizing it alone, so all of ours are given.
+    It makes one stop word of every text by tokenizing it alone, so all of ours are given. It does
+    so only where it looks up the end token itself: there must be no ``end_id`` here.
     """
+    sampling = _sampling(params)
     return {
         "max_tokens": limit,
-        "end_id": ends.first,
-        "pad_id": ends.pad,
         "stop": list(stops.texts) if stops else None,
         "include_stop_str_in_output": True,
-        "stop_token_ids": list(ends.others) or None,
+        "stop_token_ids": [ends.first, *ends.others],
         "add_special_tokens": False,
         "skip_special_tokens": True,
-        **_sampling(params),
+        **{name: value for name, value in sampling.items() if name not in ignores},
     }
 
 
-def llm_inputs(prompt: RunnerPrompt, image_token_id: int, version: Sequence[int]) -> dict[str, Any]:
+def llm_inputs(
+    token_ids: Sequence[int], images: Sequence[Image.Image], pixels: PixelBudget
+) -> dict[str, Any]:
     """One prompt of ``LLM.generate``: ids with one image token per page, and the pages.
 
     Pages come at their final size, and the pixel budget of the request goes with them, so that the
-    processor leaves them as they are.
+    processor leaves them as they are. With pictures it decodes the ids and tokenizes the text
+    again, and drops every key but these.
     """
-    images = [page.image() for page in prompt.pages]
-    inputs: dict[str, Any] = {
-        "prompt_token_ids": one_pad_per_page(prompt.token_ids, image_token_id),
-        "multi_modal_data": {"image": images},
+    return {
+        "prompt_token_ids": list(token_ids),
+        "multi_modal_data": {"image": list(images)},
         "mm_processor_kwargs": {
-            "min_pixels": prompt.pixels.min_pixels,
-            "max_pixels": prompt.pixels.max_pixels,
+            "min_pixels": pixels.min_pixels,
+            "max_pixels": pixels.max_pixels,
         },
     }
-    if tuple(version[:2]) >= _UUIDS_SINCE:
-        inputs["multi_modal_uuids"] = {"image": [page.key.hex() for page in prompt.pages]}
-    return inputs
 
 
 def llm_generate(inputs: object, sampling_params: object) -> dict[str, Any]:

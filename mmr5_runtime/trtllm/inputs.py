@@ -10,6 +10,10 @@ Rotary positions of image tokens come as a table of cosines and sines over the w
 layout of the Qwen2-VL engine: per position the pairs (cos, sin) of all frequencies, position 0
 where the prompt has ended, since the engine has a fixed input [positions * D]. A token behind the
 prompt turns by its number plus the *delta*, which is negative wherever pages have many tokens.
+
+All of that is made once per prompt. A call that goes on behind a part of the answer adds the tokens
+of that part, all of them text: an image token that a model wrote has no page and means nothing but
+its own embedding, in our own engine as well.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,6 +69,27 @@ def engine_inputs(prompt: RunnerPrompt, spec: ModelSpec, positions: int) -> Engi
     )
 
 
+def followed_by(inputs: EngineInputs, behind: Sequence[int], spec: ModelSpec) -> EngineInputs:
+    """The inputs of a prompt with tokens of an answer ``behind`` it.
+
+    Table and rotations are shared with ``inputs``: rows that the answer needs are written into the
+    rotary table itself. What another answer left there does no harm, since a row is the same for
+    every text token in its place and none is read behind the last token.
+    """
+    if not behind:
+        return inputs
+    count = len(inputs.input_ids)
+    start = count + int(inputs.position_deltas)
+    places = torch.arange(start, start + len(behind)).expand(3, -1)
+    rows = inputs.rotary_cos_sin.view(-1, spec.text.head_dim)
+    rows[count : count + len(behind)] = _rotations(places, spec)
+    return replace(
+        inputs,
+        input_ids=torch.cat((inputs.input_ids, torch.tensor(behind, dtype=torch.int32))),
+        extra_ids=[*inputs.extra_ids, *[NO_PAGE] * len(behind)],
+    )
+
+
 def fake_ids(token_ids: Sequence[int], spec: ModelSpec) -> Tensor:
     """[T] int32: text as it is, image tokens numbered from the size of the vocabulary on."""
     ids = torch.as_tensor(token_ids, dtype=torch.int32).clone()
@@ -101,11 +126,16 @@ def rotary_table(places: Tensor, spec: ModelSpec, positions: int) -> Tensor:
     """[1, positions * D] float32 for tokens at ``places`` [3, T] int64, T <= ``positions``.
 
     Read as [positions, D/2, 2] it holds (cos, sin) of every frequency, each turning with the axis
-    that the checkpoint's ``mrope_section`` gives it.
+    that the checkpoint's ``mrope_section`` gives it, and (1, 0) behind the tokens.
     """
-    padded = places.new_zeros(3, positions)
-    padded[:, : places.shape[1]] = places
-    return torch.stack(TextRotary(spec.text)(padded), dim=-1).reshape(1, -1)
+    table = torch.tensor([1.0, 0.0]).repeat(positions, spec.text.head_dim // 2)
+    table[: places.shape[1]] = _rotations(places, spec)
+    return table.view(1, -1)
+
+
+def _rotations(places: Tensor, spec: ModelSpec) -> Tensor:
+    """[T, D] float32, (cos, sin) by (cos, sin), for ``places`` [3, T]."""
+    return torch.stack(TextRotary(spec.text)(places), dim=-1).flatten(1)
 
 
 def one_pad_per_page(token_ids: Sequence[int], image_token_id: int) -> list[int]:

@@ -8,21 +8,27 @@ steps. Prompts never reach the methods that would make them, since
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from mmr5_runtime.backbone import Backbone
 from mmr5_runtime.capacity import KVFormat
 from mmr5_runtime.decoder import here
+from mmr5_runtime.decoding import ANSWER_OPEN, EMPTY_REASONING, REASONING_CLOSE
 from mmr5_runtime.kvcache import KVArena
+from mmr5_runtime.options import RerankOptions
+from mmr5_runtime.planning import PromptLimits
 from mmr5_runtime.rope import Grid
 from mmr5_runtime.spec import ModelSpec
 from mmr5_runtime.trtllm.prompt import Runner
 from mmr5_runtime.trtllm.stops import StopWords
 from mmr5_runtime.types import EngineError
+
+_LONGEST_FORCED = EMPTY_REASONING + REASONING_CLOSE + ANSWER_OPEN
 
 
 class BundleModel:
@@ -36,15 +42,14 @@ class BundleModel:
         runner: Runner,
         stops: StopWords,
         device: torch.device,
-        dtype: torch.dtype,
     ) -> None:
-        """``dtype`` is that of page embeddings."""
         self.spec, self.runner, self.stops = spec, runner, stops
-        self._device, self._dtype = device, dtype
+        self._device = device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._dtype
+        """That of page embeddings."""
+        return self.runner.dtype
 
     @property
     def device(self) -> torch.device:
@@ -82,7 +87,7 @@ class BundleModel:
     ) -> Tensor:
         self._no_steps()
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         self._no_steps()
 
     def _no_steps(self) -> NoReturn:
@@ -90,3 +95,19 @@ class BundleModel:
             "TensorRT-LLM reads prompts and decodes answers as a whole and has no single steps; "
             "load the engine with backend='native' for what needs them."
         )
+
+
+def prompt_limits(
+    model: Backbone, options: RerankOptions, encode: Callable[[str], list[int]]
+) -> PromptLimits:
+    """What prompts of a request may have beside the context: nothing is settled elsewhere.
+
+    Where text is forced into an answer, the call behind it reads the answer so far as its prompt.
+    """
+    if not isinstance(model, BundleModel):
+        return PromptLimits()
+    again = 0
+    if options.think != "full":
+        again = (options.think_budget or 0) + len(encode(_LONGEST_FORCED))
+    limits = model.runner.limits
+    return PromptLimits(limits.prompt, limits.images, again)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mmr5_runtime.options import RerankOptions
+from mmr5_runtime.trtllm.prompt import Runner
 from mmr5_runtime.types import RequestError
 
 _BACKEND = "the TensorRT-LLM backend"
@@ -22,9 +23,19 @@ _UNSETTLED: dict[str, tuple[object, ...]] = {
 }
 
 
-def check_options(options: RerankOptions) -> None:
-    """Raises RequestError for an option of a request that needs the steps of our own engine."""
+def check_options(options: RerankOptions, ignores: frozenset[str] = frozenset()) -> None:
+    """Raises RequestError for an option of a request that cannot hold.
+
+    Such options need the steps of our own engine, or are among those that the installed version
+    of TensorRT-LLM ``ignores``.
+    """
     refused = (
+        (
+            options.seed is not None and "seed" in ignores,
+            f"seed={options.seed}",
+            "the LLM API of this version draws with a seed of its own; leave it out, or install "
+            "TensorRT-LLM 1.4",
+        ),
         (
             options.deadline_ms is not None,
             f"deadline_ms={options.deadline_ms}",
@@ -54,6 +65,15 @@ def check_options(options: RerankOptions) -> None:
     for asked, what, why in refused:
         if asked:
             raise RequestError(f"{what} does not work on {_BACKEND}: {why}.")
+
+
+def check_document(runner: Runner) -> None:
+    """Raises RequestError where no page can be encoded ahead of a question."""
+    if runner.encodes_pages:
+        raise RequestError(
+            f"open_document does not work on {_BACKEND} with its LLM API, which encodes pages "
+            "itself, with each prompt; rerank pages without opening a document first."
+        )
 
 
 def check_load(options: Mapping[str, object]) -> None:

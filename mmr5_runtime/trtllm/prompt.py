@@ -1,8 +1,9 @@
 """What a TensorRT-LLM runner is asked for, and what it gives back; no TensorRT-LLM in sight.
 
-A :class:`Runner` reads a prompt and writes tokens until it may write no more, a stop word or an end
-token comes. Whatever a request asks for beyond that (a budget of reasoning, another sample, what to
-do with the text) is made of such calls by :mod:`mmr5_runtime.trtllm.answering`.
+A :class:`Runner` takes a prompt once and writes tokens behind it, as often as it is asked, until it
+may write no more, a stop word or an end token comes. Whatever a request asks for beyond that (a
+budget of reasoning, another sample, what to do with the text) is made of such calls by
+:mod:`mmr5_runtime.trtllm.answering`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from mmr5_runtime.image import PixelBudget
 from mmr5_runtime.rope import Grid
 from mmr5_runtime.sampler import SamplingParams
 from mmr5_runtime.trtllm.stops import StopWords
+from mmr5_runtime.types import EngineError
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class ShownPage:
 
 @dataclass(frozen=True, eq=False)
 class RunnerPrompt:
-    """``token_ids`` of our tokenizer, one image token per embedding, what was written included."""
+    """``token_ids`` of our tokenizer, with one image token per embedding."""
 
     token_ids: Sequence[int]
     pages: Sequence[ShownPage]
@@ -65,11 +68,35 @@ class Written(NamedTuple):
     ended: bool
 
 
+class OpenPrompt(Protocol):
+    """A prompt whose inputs have been made."""
+
+    def generate(
+        self, behind: Sequence[int], limit: int, params: SamplingParams, stops: StopWords | None
+    ) -> Written:
+        """At most ``limit`` tokens that follow the prompt and what is ``behind`` it already.
+
+        They are ended by an end token or, if there are any, a stop word. Raises EngineError for
+        what is behind the prompt if the runner cannot go on from there.
+        """
+        ...
+
+
 class Runner(Protocol):
     """Reads prompts and writes what follows; for one thread at a time."""
 
     @property
     def limits(self) -> Limits: ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of page embeddings."""
+        ...
+
+    @property
+    def ignores(self) -> frozenset[str]:
+        """Sampling options that this version takes and does nothing with."""
+        ...
 
     @property
     def encodes_pages(self) -> bool:
@@ -80,24 +107,52 @@ class Runner(Protocol):
         """[tokens, hidden] of patches [P, patch_dim] float32; EngineError if it encodes itself."""
         ...
 
-    def generate(
-        self, prompt: RunnerPrompt, limit: int, params: SamplingParams, stops: StopWords | None
-    ) -> Written:
-        """At most ``limit`` tokens, ended by an end token or, if there are any, a stop word."""
+    def open(self, prompt: RunnerPrompt) -> OpenPrompt:
+        """Makes the inputs of ``prompt``, its pages encoded or resized."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of the device; nothing may be asked afterwards."""
         ...
 
 
 def written(
     tokens: Sequence[int], end_ids: frozenset[int], limit: int, stops: StopWords | None
 ) -> Written:
-    """``tokens`` as a runner gave them, up to the end token.
+    """``tokens`` of an interface that does not say why it stopped, up to the end token.
 
-    Not every interface returns the end token; where it does not, fewer tokens than were allowed
-    and no stop word at their end say as much.
+    Where that is left out, fewer tokens than were allowed and no stop word at their end say as
+    much.
     """
+    found = _up_to_end(tokens, end_ids)
+    short = len(found.tokens) < limit and not _stopped(found.tokens, stops)
+    return found if found.ended else Written(found.tokens, short)
+
+
+def finished(
+    tokens: Sequence[int], reason: str | None, end_ids: frozenset[int], stops: StopWords | None
+) -> Written:
+    """``tokens`` of an interface that says why it stopped: ``stop``, ``length`` or otherwise.
+
+    Raises EngineError for any other reason: there is no answer then.
+    """
+    if reason not in ("stop", "length"):
+        raise EngineError(
+            f"TensorRT-LLM gave up on an answer (finish_reason is {reason!r}); ask again."
+        )
+    found = _up_to_end(tokens, end_ids)
+    if found.ended or reason == "length":
+        return found
+    return Written(found.tokens, not _stopped(found.tokens, stops))
+
+
+def _up_to_end(tokens: Sequence[int], end_ids: frozenset[int]) -> Written:
     kept = list(tokens)
     for place, token in enumerate(kept):
         if token in end_ids:
             return Written(kept[:place], True)
-    stopped = stops is not None and stops.at_end(kept)
-    return Written(kept, len(kept) < limit and not stopped)
+    return Written(kept, False)
+
+
+def _stopped(tokens: Sequence[int], stops: StopWords | None) -> bool:
+    return stops is not None and stops.at_end(tokens)

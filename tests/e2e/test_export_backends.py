@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,20 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.exporting import tree_hashes, write_samples
-from helpers.for_tensorrt import MAX_PIXELS, PAGE_TOKENS, TARGETS, for_tensorrt, write_untied
+from helpers.for_tensorrt import (
+    MAX_PIXELS,
+    PAGE_TOKENS,
+    TARGETS,
+    calibrated,
+    for_tensorrt,
+    run,
+    write_untied,
+)
 from mmr5_export import export
 from mmr5_export.agreement import VerificationFailed
 from mmr5_export.cli import OK, main
 from mmr5_export.options import ExportOptions
-from mmr5_runtime.artifact import MANIFEST_NAME, Manifest, read_manifest, verify_hashes
+from mmr5_runtime.artifact import MANIFEST_NAME, read_manifest, verify_hashes
 from mmr5_runtime.reuse.identity import engine_identity
 from mmr5_runtime.types import ExportError
 
@@ -69,16 +79,6 @@ def data(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_samples(tmp_path_factory.mktemp("data"), 6, own_of=checkpoint)
 
 
-def run(checkpoint: Path, output: Path, quant: str = "int4", **options: Any) -> Manifest:
-    plain = {"method": "rtn", "verify": False, "max_pixels": MAX_PIXELS}
-    return export(checkpoint, quant, output, ExportOptions(**{**plain, **options}))
-
-
-def calibrated(data: Path, **options: Any) -> dict[str, Any]:
-    sizes = {"calib_samples": 3, "held_out": 2, "max_new_tokens": 4}
-    return {"calib_data": data, "method": None, "verify": True, **sizes, **options}
-
-
 @pytest.fixture(scope="module")
 def native(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("native") / "engine"
@@ -124,13 +124,42 @@ def test_a_bundle_describes_its_folder(full: Path, target: str) -> None:
     assert "not executed" in bundle["verified"]
 
 
+def test_a_bundle_says_what_to_run(full: Path) -> None:
+    said = {
+        target: json.loads((full / folder / "bundle.json").read_text())
+        for target, folder in BUNDLES.items()
+    }
+    assert [words[0] for words in said["engine"]["build"]] == ["trtllm-build", "trtexec"]
+    assert [words[0] for words in said["onnx"]["build"]] == ["trtexec", "trtexec"]
+    assert "build" not in said["llm-api"]  # and its folder has no build.sh
+    assert list(said["llm-api"]["serve"]) == ["1.2.1", "1.3.0rc22", "1.4.0rc1"]
+    assert said["llm-api"]["serve"]["1.2.1"][0] == "trtllm-serve"
+
+
+def test_the_table_that_the_graphs_lack_is_found_in_the_engine(full: Path) -> None:
+    folder = full / BUNDLES["onnx"]
+    table = json.loads((folder / "bundle.json").read_text())["embeddings"]
+    assert load_file(folder / table["file"])[table["tensor"]].shape == (576, 128)
+
+
+def test_a_checkpoint_for_the_llm_api_lets_through_no_larger_pages(full: Path) -> None:
+    """Its limits are for pages of this size; the source allows pages 341 times as large."""
+    name = "preprocessor_config.json"
+    own = json.loads((full / name).read_text())
+    found = json.loads((full / BUNDLES["llm-api"] / name).read_text())
+    assert found == {**own, "min_pixels": 3136, "max_pixels": MAX_PIXELS}
+    stops = json.loads((full / BUNDLES["llm-api"] / "sampling_params.json").read_text())
+    assert tuple(stops["stop_token_ids"]) == read_manifest(full).spec.eos_token_ids
+    assert "</answer>" in stops["stop"]
+
+
 def test_the_build_is_for_the_sizes_and_shapes_that_were_exported(full: Path) -> None:
     folder = full / BUNDLES["engine"]
     build = json.loads((folder / "build.json").read_text())
     decoder, vision = (step["argv"] for step in build["steps"])
     # Twenty pages of 97 tokens and 2,048 of an answer are more than the context of 4,096.
     assert decoder[decoder.index("--max_input_len") + 1] == "2048"
-    assert decoder[decoder.index("--max_multimodal_len") + 1] == str(2048 - 512)
+    assert decoder[decoder.index("--max_multimodal_len") + 1] == str(20 * PAGE_TOKENS)
     dtype = json.loads((folder / "ckpt" / "config.json").read_text())["dtype"]
     assert decoder[decoder.index("--gemm_plugin") + 1] == dtype == "bfloat16"
     largest = next(word for word in vision if word.startswith("--maxShapes="))
@@ -238,11 +267,58 @@ def test_ranges_of_inputs_are_seen_where_tensorrt_needs_them(
     assert manifest.quant.calibration is not None
 
 
+@pytest.fixture
+def programs(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Something that calls itself TensorRT-LLM 1.2.1; its builders make another file every time."""
+    site, programs = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("programs")
+    (site / "tensorrt_llm").mkdir()
+    (site / "tensorrt_llm" / "__init__.py").write_text("raise RuntimeError('not to be imported')")
+    metadata = site / "tensorrt_llm-1.2.1.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: tensorrt_llm\nVersion: 1.2.1\n")
+    monkeypatch.syspath_prepend(str(site))
+    made = {"trtllm-build": "llm/rank0.engine", "trtexec": "vision/model.engine"}
+    for name, file in made.items():
+        (programs / name).write_text(f"#!/bin/sh\nmkdir -p llm\necho built >> {file}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    return programs
+
+
+def test_engines_that_are_built_again_leave_the_folder_readable(
+    checkpoint: Path, tmp_path: Path, programs: Path
+) -> None:
+    output, folder = tmp_path / "engine", tmp_path / "engine" / BUNDLES["engine"]
+    run(checkpoint, output, **for_tensorrt(trt_target=("engine",)))
+    facts = read_manifest(output).backends["tensorrt-llm"].facts["targets"]["engine"]
+    assert facts["built"] and facts["unbuilt"] is None
+    assert "engines built by TensorRT-LLM 1.2.1, not executed" in facts["verified"]
+    engines = [folder / "llm" / "rank0.engine", folder / "vision" / "model.engine"]
+    before = [engine.read_bytes() for engine in engines]
+    subprocess.run([folder / "build.sh"], check=True)
+    assert all(engine.read_bytes() != old for engine, old in zip(engines, before, strict=True))
+    verify_hashes(output, read_manifest(output))
+    bundle = json.loads((folder / "bundle.json").read_text())
+    assert not [name for name in bundle["files"] if name.endswith(".engine")]
+
+
+def test_a_build_that_fails_does_not_lose_the_engine(
+    checkpoint: Path, tmp_path: Path, programs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (programs / "trtexec").write_text("#!/bin/sh\necho no GPU >&2\nexit 3\n")
+    output = tmp_path / "engine"
+    words = ["--model", str(checkpoint), "--method", "rtn", "--no-verify", "--output", str(output)]
+    assert main([*words, "--max-pixels", str(MAX_PIXELS), "--backend", "tensorrt-llm"]) == OK
+    assert "not built: trtexec failed with status 3 (no GPU); to build" in capsys.readouterr().out
+    facts = read_manifest(output).backends["tensorrt-llm"].facts["targets"]["engine"]
+    assert not facts["built"] and "built" not in facts["verified"]
+    assert not list(output.rglob("*.engine"))
+
+
 def test_nothing_is_added_to_an_engine_that_is_rejected(
     checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("pipeline", "publish"):
-        monkeypatch.setattr(f"mmr5_export.{module}.verdict", lambda *_: "worse than asked.")
+    monkeypatch.setattr("mmr5_export.publish.verdict", lambda *_: "worse than asked.")
     options = calibrated(data, method="rtn", **for_tensorrt(backend=ALL))
     with pytest.raises(VerificationFailed):
         run(checkpoint, tmp_path / "engine", **options)

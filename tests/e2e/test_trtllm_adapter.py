@@ -1,24 +1,27 @@
 """A reranker over the TensorRT-LLM adapter gives what one over our own engine gives.
 
-The package is played by :mod:`helpers.trtllm_stand_in`, which decodes with our engine from nothing
-but the keywords of the calls.
+The packages are played by :mod:`helpers.trtllm_stand_in`, which decodes with our engine from
+nothing but the keywords of the calls, and by :mod:`helpers.tensorrt_stand_in`. Folders are loaded
+as users load them; that a GPU must be there is all that is left out.
 """
 
 from __future__ import annotations
 
+import gc
 import json
+import os
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
-from torch import Tensor
 
-from helpers.trtllm_stand_in import Played, install
-from helpers.trtllm_tiny import tiny_spec
+from helpers.trtllm_loaded import load_played
+from helpers.trtllm_stand_in import Played
 from mmr5_bench.minidocs.lists import held_out_cases
 from mmr5_bench.minidocs.pages import render_page
 from mmr5_runtime import (
@@ -29,17 +32,13 @@ from mmr5_runtime import (
     Reranker,
     RerankResult,
 )
-from mmr5_runtime.artifact import read_manifest
 from mmr5_runtime.loading import LoadedEngine, load_engine
 from mmr5_runtime.memory import Memory
 from mmr5_runtime.pages import DEFAULT_MAX_IMAGE_PIXELS
 from mmr5_runtime.reuse.config import CacheConfig
-from mmr5_runtime.rope import Grid
-from mmr5_runtime.trtllm import inputs, loading, runner
-from mmr5_runtime.trtllm.bundle import find_bundle
+from mmr5_runtime.trtllm import calls, inputs, runner
 
 Lists = list[tuple[str, list[Image.Image]]]
-BUDGET = {"max_input_len": 2048, "max_seq_len": 4096, "max_prompt_embedding_table_size": 1024}
 Make = Callable[..., tuple[Reranker, Played]]
 
 
@@ -71,59 +70,19 @@ def _reranker(loaded: LoadedEngine) -> Reranker:
 
 
 @pytest.fixture
-def played(
-    native: LoadedEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mini_int4: Path
-) -> Make:
-    """Makes a reranker over a bundle for ``target``, and what plays its package."""
+def folder(mini_int4: Path, tmp_path: Path) -> Path:
+    """The engine folder, without any bundle."""
+    made = tmp_path / "engine"
+    made.mkdir()
+    for file in mini_int4.iterdir():
+        (made / file.name).symlink_to(file)
+    return made
 
-    def make(target: str = "engine", **limits: int) -> tuple[Reranker, Played]:
-        spec = native.engine.spec
-        bundle = tmp_path / "tensorrt-llm" / target
-        for name in ("llm/rank0.engine", "vision/model.engine", "llm_args-1.2.1.yaml"):
-            (bundle / name).parent.mkdir(parents=True, exist_ok=True)
-            (bundle / name).write_text("")
-        (bundle / "bundle.json").write_text(json.dumps({"target": target, "files": {}}))
-        text = spec.text
-        build = BUDGET | limits
-        arguments = {name: build[name] for name in ("max_input_len", "max_seq_len")}
-        arguments["kv_cache_config"] = {"enable_block_reuse": True}  # type: ignore[assignment]
-        (bundle / "llm_args-1.2.1.yaml").write_text(json.dumps(arguments))  # JSON is YAML
-        config = {
-            "build_config": build | {"plugin_config": {"use_paged_context_fmha": True}},
-            "pretrained_config": {
-                "max_position_embeddings": text.max_position_embeddings,
-                "vocab_size": text.vocab_size,
-            },
-        }
-        (bundle / "llm" / "config.json").write_text(json.dumps(config))
-        package = Played(native.engine)
-        encode = native.language.encode
-        install(monkeypatch, package, settings=native.image_settings, encode=encode)
-        monkeypatch.setattr(runner, "VisionSession", lambda path, device: None)
-        monkeypatch.setattr(runner.EngineRunner, "encode_page", encode_page)
-        monkeypatch.setattr(loading, "open_runner", open_runner)
-        manifest = read_manifest(mini_int4)
-        device = torch.device("cpu")
-        engine = loading.open_bundle(tmp_path, manifest, native.tokenizer, device, True)
-        loaded = replace(
-            native,
-            engine=engine,
-            context=loading.context(manifest, engine),
-            backend=loading.BACKEND,
-        )
-        return _reranker(loaded), package
 
-    def encode_page(self: runner.EngineRunner, pixels: Tensor, grid: Grid) -> Tensor:
-        return native.engine.encode_page(pixels, grid)
-
-    def open_runner(bundle: Any, spec: Any, device: torch.device) -> Any:
-        """As the real one, but for its question for a GPU."""
-        version = runner.installed_version(bundle.target)
-        if bundle.target == "llm-api":
-            return runner.LlmApiRunner(bundle, spec, version)
-        return runner.EngineRunner(bundle, spec, device)
-
-    return make
+@pytest.fixture
+def played(native: LoadedEngine, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Loads a reranker with a bundle for ``target``, and makes what plays its packages."""
+    return partial(load_played, monkeypatch, native, folder)
 
 
 def _same(found: RerankResult, expected: RerankResult) -> None:
@@ -158,6 +117,7 @@ def test_results_are_those_of_our_engine(
     found = theirs.rerank(question, pages, **options)
     _same(found, ours.rerank(question, pages, **options))
     assert found.exactness == "approximate" and found.list_logprob == ()
+    assert found.first_token_ms is None  # a call says nothing of it
     assert found.plan.windows == ours.rerank(question, pages, **options).plan.windows
     assert package.calls
 
@@ -246,57 +206,178 @@ def test_pages_are_encoded_once(played: Make, lists: Lists) -> None:
 
 
 def test_a_prompt_the_engine_was_not_built_for(played: Make, lists: Lists) -> None:
+    """Said where the caller stands, before the first event is asked for."""
     question, pages = lists[0]
-    theirs, _ = played(max_prompt_embedding_table_size=64)
-    with pytest.raises(ContextOverflowError, match="max_multimodal_len"):
-        theirs.rerank(question, pages, stop="tag", plan="single")
-    theirs, _ = played(max_input_len=100)
-    with pytest.raises(ContextOverflowError, match="max_input_len"):
-        theirs.rerank(question, pages, stop="tag", plan="single")
-    theirs, _ = played(max_seq_len=100)
-    with pytest.raises(ContextOverflowError, match="the context holds 100"):
-        theirs.rerank(question, pages, stop="tag", plan="single")
+    for limits, said in (
+        ({"max_prompt_embedding_table_size": 64}, "max_multimodal_len"),
+        ({"max_input_len": 100}, "max_input_len"),
+        ({"max_seq_len": 100}, "the context holds 100"),
+    ):
+        theirs, package = played(**limits)
+        with pytest.raises(ContextOverflowError, match=said):
+            theirs.stream(question, pages, stop="tag", plan="single")
+        assert not package.calls
 
 
-def test_what_cannot_hold_is_refused_before_any_work(played: Make, lists: Lists) -> None:
-    theirs, package = played()
+@pytest.mark.parametrize("options", [{}, {"think": 12}], ids=["full", "budget"])
+@pytest.mark.parametrize("limit", ["max_input_len", "max_prompt_embedding_table_size"])
+def test_lists_are_cut_where_the_engine_takes_fewer_pages(
+    ours: Reranker, played: Make, lists: Lists, limit: str, options: dict[str, Any]
+) -> None:
+    question, pages = lists[0]
+    whole = ours.rerank(question, pages, stop="tag", **options)
+    assert whole.plan.name == "single"
+    of_pages = limit != "max_input_len"
+    most = (whole.usage.image_tokens if of_pages else whole.usage.prompt_tokens) - 1
+    theirs, package = played(**{limit: most})
+    found = theirs.rerank(question, pages, stop="tag", **options)
+    assert found.plan.name == "sliding"
+    window = len(found.plan.windows[0].pages)
+    _same(found, ours.rerank(question, pages, stop="tag", window=window, **options))
+    for call in package.calls:
+        [ids] = call["batch_input_ids"]
+        assert (call["prompt_table"].shape[1] if of_pages else len(ids)) <= most
+
+
+def test_room_is_left_for_reasoning_that_is_read_again(
+    ours: Reranker, played: Make, lists: Lists
+) -> None:
+    """A prompt that fits by itself is too long for the call behind a budget of reasoning."""
+    question, pages = lists[0]
+    most = ours.rerank(question, pages, stop="tag").usage.prompt_tokens + 8
+    theirs, package = played(max_input_len=most)
+    assert theirs.rerank(question, pages, stop="tag").plan.name == "single"
+    assert theirs.rerank(question, pages, stop="tag", think=12).plan.name == "sliding"
+    assert max(len(call["batch_input_ids"][0]) for call in package.calls) <= most
+
+
+@pytest.mark.parametrize("target", ["engine", "llm-api"])
+def test_what_cannot_hold_is_refused_before_any_work(
+    played: Make, lists: Lists, target: str
+) -> None:
+    theirs, package = played(target)
     question, pages = lists[0]
     for options in ({"deadline_ms": 1e6}, {"draft": True}, {"plan": "cascade"}):
         with pytest.raises(RequestError, match="TensorRT-LLM backend"):
             theirs.rerank(question, pages, **options)
+    if target == "llm-api":
+        with pytest.raises(RequestError, match="seed=3"):
+            theirs.rerank(question, pages, temperature=0.3, seed=3)
+        with pytest.raises(RequestError, match="open_document"):
+            theirs.open_document(["no page at all"])
     assert not package.calls
-    loaded = theirs._require_loaded()
+
+
+def test_a_seed_holds_where_the_llm_api_heeds_it(played: Make, lists: Lists) -> None:
+    theirs, package = played("llm-api", version="1.4.0rc1")
+    question, pages = lists[0]
+    options: dict[str, Any] = {"temperature": 1.5, "seed": 3, "max_new_tokens": 20, "stop": "tag"}
+    first, again = (theirs.rerank(question, pages, **options) for _ in range(2))
+    assert first.text == again.text
+    assert [call["sampling"]["seed"] for call in package.calls] == [3, 3]
+
+
+def test_a_repetition_penalty_that_is_ignored_is_told_of(played: Make, folder: Path) -> None:
+    settings = folder / "generation_config.json"
+    stored = json.loads(settings.read_text())
+    content = json.dumps(stored | {"repetition_penalty": 1.05})
+    manifest = json.loads((folder / "mmr5_engine.json").read_text())
+    manifest["files"][settings.name]["size"] = len(content)
+    for file, text in ((settings, content), (folder / "mmr5_engine.json", json.dumps(manifest))):
+        file.unlink()  # a link into the engine that other tests use
+        file.write_text(text)
+    with pytest.warns(RuntimeWarning, match=r"ignores repetition_penalty=1\.05"):
+        played("llm-api")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        played("llm-api", version="1.4.0rc1")
+
+
+def test_concurrency_is_refused_before_anything_is_loaded(folder: Path) -> None:
     with pytest.raises(RequestError, match="concurrency=2"):
-        Reranker(loaded, theirs.cache, concurrency=2)
+        Reranker.load(folder, "cpu", backend="tensorrt-llm", concurrency=2)
 
 
-def test_the_llm_api_encodes_pages_itself(played: Make, lists: Lists) -> None:
-    theirs, _ = played("llm-api")
-    with pytest.raises(EngineError, match="encodes pages itself"):
-        theirs.open_document(lists[0][1])
+@pytest.mark.parametrize("target", ["engine", "llm-api"])
+def test_warm_up_runs_once_and_records_nothing(played: Make, target: str) -> None:
+    theirs, package = played(target)
+    assert theirs.warm_up() == 0 and len(package.calls) == 1
 
 
-def test_warm_up_runs_and_records_nothing(played: Make) -> None:
+def test_inputs_are_made_once_for_all_answers(
+    played: Make, lists: Lists, monkeypatch: pytest.MonkeyPatch
+) -> None:
     theirs, package = played()
-    assert theirs.warm_up() == 0 and package.calls
+    made = []
+
+    def watched(*given: Any) -> inputs.EngineInputs:
+        made.append(inputs.engine_inputs(*given))
+        return made[-1]
+
+    monkeypatch.setattr(runner, "engine_inputs", watched)
+    question, pages = lists[0]
+    theirs.rerank(question, pages, samples=3, temperature=1.0, think=5, max_new_tokens=30)
+    assert len(made) == 1 and len(package.calls) > 3
+    assert {id(call["prompt_table"]) for call in package.calls} == {id(made[0].prompt_table)}
 
 
-def test_an_engine_of_another_vocabulary(played: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["engine", "llm-api"])
+def test_closing_frees_the_runner_at_once(played: Make, lists: Lists, target: str) -> None:
+    """It holds most of a GPU; the collector of cycles may come by much later."""
+    theirs, package = played(target)
+    runners = [weakref.ref(theirs._require_loaded().engine.model.runner)]  # type: ignore[attr-defined]
+    question, pages = lists[0]
+    gc.collect()
+    gc.disable()
+    try:
+        theirs.rerank(question, pages, max_new_tokens=20)
+        stream = theirs.stream(question, pages, max_new_tokens=20)
+        next(stream)
+        theirs.close()
+        with pytest.raises(EngineError, match="closed"):
+            next(stream)
+        del stream
+        assert [ref() for ref in runners] == [None]
+    finally:
+        gc.enable()
+    assert package.shut_down == (target == "llm-api")
+
+
+def test_what_an_engine_is_and_what_makes_it_another(
+    played: Make, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs, package = played()
+    info = theirs.info
+    assert (info.backend, info.dtype, info.context) == ("tensorrt-llm", "bfloat16", 4096)
+    assert package.loaded[0]["device_ids"] == [0]
+
+    def identity() -> str:
+        with Reranker.load(folder, "cpu", backend="tensorrt-llm") as again:
+            return again.info.identity
+
+    found = [info.identity]
+    assert identity() == found[0]
+    monkeypatch.setattr("tensorrt.__version__", "10.15.0")
+    found.append(identity())
+    for name in ("llm/rank0.engine", "vision/model.engine"):
+        path = folder / "tensorrt-llm" / "engine" / name
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))  # built again, of the same size
+        found.append(identity())
+    assert len(set(found)) == 4
+
+
+def test_an_engine_of_another_vocabulary(played: Make, folder: Path) -> None:
     played()
-    path = tmp_path / "tensorrt-llm" / "engine" / "llm" / "config.json"
+    path = folder / "tensorrt-llm" / "engine" / "llm" / "config.json"
     config = json.loads(path.read_text())
     config["pretrained_config"]["vocab_size"] += 8
     path.write_text(json.dumps(config))
     with pytest.raises(EngineError, match="vocabulary"):
-        runner.EngineRunner(find_bundle(tmp_path), tiny_spec(2), torch.device("cpu"))
+        Reranker.load(folder, "cpu", backend="tensorrt-llm")
 
 
-def test_loading_a_folder_without_the_package(mini_int4: Path, tmp_path: Path) -> None:
-    """Through the public door: the folder is whole, and nothing can run its bundle here."""
-    folder = tmp_path / "engine"
-    folder.mkdir()
-    for file in mini_int4.iterdir():
-        (folder / file.name).symlink_to(file)
+def test_loading_a_folder_without_the_package(folder: Path) -> None:
+    """The folder is whole, and nothing can run its bundle here."""
     with pytest.raises(EngineError, match="export it with --backend tensorrt-llm"):
         Reranker.load(folder, "cpu", backend="tensorrt-llm")
     bundle = folder / "tensorrt-llm" / "engine"
@@ -306,3 +387,14 @@ def test_loading_a_folder_without_the_package(mini_int4: Path, tmp_path: Path) -
         Reranker.load(folder, "cpu", backend="tensorrt-llm")
     with pytest.raises(RequestError, match="kernels="):
         Reranker.load(folder, "cpu", backend="tensorrt-llm", kernels="triton")
+
+
+def test_the_stand_in_tokenizes_stop_texts_only_without_an_end_token(
+    played: Make, lists: Lists, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What makes the results above prove that the LLM API is asked rightly."""
+    theirs, _ = played("llm-api")
+    sampling = calls.llm_sampling
+    monkeypatch.setattr(calls, "llm_sampling", lambda *given: sampling(*given) | {"end_id": 4})
+    with pytest.raises(EngineError, match="not processed by tokenizer"):
+        theirs.rerank(*lists[0], stop="tag")

@@ -27,7 +27,7 @@ import llmcompressor.modifiers.gptq.gptq_quantize  # noqa: F401  (its import tak
 import torch
 
 from helpers.exporting import tree_hashes
-from mmr5_export import export, pipeline
+from mmr5_export import export, publish
 from mmr5_export.agreement import VerificationFailed
 from mmr5_export.evaluate import Evaluation
 from mmr5_export.job import Job
@@ -78,7 +78,7 @@ def start(case: Case, output: Path, resume: bool) -> int:
         torch.set_num_threads(1)
         options = dict(case.options)
         if case.rejects:
-            vars(pipeline)["verdict"] = reject
+            vars(publish)["verdict"] = reject
             options["min_top1_agreement"] = 1.0
         if case.checkpoint_out:
             options["checkpoint_out"] = output.with_name("checkpoint")

@@ -4,6 +4,10 @@ It is given exactly the keywords that the real package would be given, and looks
 image tokens are rows of the prompt table, rotations come out of the rotary table, a token behind
 the prompt turns by its number plus the delta, and blocks of keys and values are shared between
 prompts by token ids and extra ids. A wrong id, table or delta therefore gives another answer.
+
+Its LLM API has the habits that were found in the sources: a prompt with pictures is decoded and
+tokenized again, keys it does not expect there are dropped, texts to stop at are tokenized only
+where no end token is given, and old versions ignore some options.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from torch import Tensor, nn
 from mmr5_runtime.engine import Engine
 from mmr5_runtime.image import PixelBudget, preprocess
 from mmr5_runtime.model import Model
+from mmr5_runtime.prompt import PromptTokenizer
 from mmr5_runtime.rope import Grid, TextRotary, mrope_positions
 from mmr5_runtime.sampler import Sampler, SamplingParams
 
@@ -79,6 +84,8 @@ class Played:
         self.blocks: dict[Block, tuple[Tensor, Tensor]] = {}
         self.reused = 0  # tokens that were not read, as a block had them
         self.calls: list[dict[str, Any]] = []
+        self.loaded: list[dict[str, Any]] = []
+        self.shut_down = 0
 
     @torch.inference_mode()
     def decode(
@@ -90,8 +97,11 @@ class Played:
         sampler: Sampler,
         words: Sequence[Sequence[int]],
         end: int,
-    ) -> list[int]:
-        """New tokens behind a prompt of ``embeds`` [T, hidden]; ``names`` tell blocks apart."""
+    ) -> tuple[list[int], str]:
+        """New tokens behind a prompt of ``embeds`` [T, hidden], and why there are no more.
+
+        ``names`` tell blocks apart.
+        """
         model, total = self.model, len(embeds)
         arena = model.new_arena(total + limit)
         known = 0
@@ -109,13 +119,13 @@ class Played:
             while len(written) < limit:
                 token = sampler.pick(model.logits(hidden[-1:])[0])
                 if token == end:
-                    return written
+                    return written, "stop"
                 written.append(token)
                 if any(written[-len(word) :] == list(word) for word in words):
-                    return written
+                    return written, "stop"
                 number = torch.full((3, 1), total + len(written) - 1)
                 hidden = model.read(model.embed(torch.tensor([token])), number, [arena], [1])
-        return written
+        return written, "length"
 
     @contextmanager
     def _turning(self, rotary: nn.Module) -> Any:
@@ -132,7 +142,7 @@ class Played:
             temperature=0.0 if keywords["top_k"] == 1 else keywords["temperature"],
             top_k=keywords["top_k"],
             top_p=keywords.get("top_p", 1.0),
-            repetition_penalty=keywords["repetition_penalty"],
+            repetition_penalty=keywords.get("repetition_penalty", 1.0),
             seed=keywords.get(seed, 0),
         )
         size = self.model.spec.text.vocab_size
@@ -147,6 +157,7 @@ class PlayedModelRunner:
     @classmethod
     def from_dir(cls, **keywords: Any) -> PlayedModelRunner:
         bind("ModelRunnerCpp.from_dir", keywords)
+        cls.played.loaded.append(keywords)
         assert (Path(keywords["engine_dir"]) / "rank0.engine").is_file()
         return cls()
 
@@ -168,7 +179,7 @@ class PlayedModelRunner:
         )
         prompt = ids.tolist()
         words = (keywords["stop_words_list"] or [[]])[0]
-        new = played.decode(
+        new, _ = played.decode(
             embeds,
             rotary,
             list(zip(prompt, extra, strict=True)),
@@ -191,17 +202,29 @@ class PlayedLLM:
 
     played: Played
     settings: Mapping[str, Any]  # keyword arguments of image.preprocess
-    encode: Callable[[str], list[int]]
+    tokenizer: PromptTokenizer
+    ignores: frozenset[str]  # of the sampling options
 
     def __init__(self, **keywords: Any) -> None:
         bind("LLM", keywords)
+        self.played.loaded.append(keywords)
+
+    def shutdown(self) -> None:
+        self.played.shut_down += 1
 
     def generate(self, **keywords: Any) -> SimpleNamespace:
         bind("LLM.generate", keywords)
-        inputs, sampling = keywords["inputs"], keywords["sampling_params"]
+        inputs, sampling = keywords["inputs"], dict(keywords["sampling_params"])
         bind("TokensPrompt", inputs)
         played, model = self.played, self.played.model
         played.calls.append(inputs | {"sampling": sampling})
+        if sampling.get("end_id") is not None and sampling["stop"]:
+            raise RuntimeError("SamplingParams.stop is not processed by tokenizer")
+        for name in self.ignores:
+            sampling.pop(name, None)
+        text = self.tokenizer.decode(inputs["prompt_token_ids"], skip_special=False)
+        kept = ("multi_modal_data", "mm_processor_kwargs")
+        inputs = {"prompt": text, **{name: inputs[name] for name in kept}}
         limits = inputs["mm_processor_kwargs"]
         budget = PixelBudget(limits["min_pixels"], limits["max_pixels"])
         pages = [
@@ -210,7 +233,7 @@ class PlayedLLM:
         ]
         image_id, waiting = model.spec.image_token_id, iter(pages)
         ids: list[int] = []
-        for token in inputs["prompt_token_ids"]:
+        for token in self.tokenizer.text_ids(inputs["prompt"]):
             ids += [token] * (next(waiting).num_tokens if token == image_id else 1)
         assert next(waiting, None) is None
         embeds = model.embed(torch.tensor(ids))
@@ -224,24 +247,31 @@ class PlayedLLM:
         )
         names = [(len(played.calls), place) for place in range(len(ids))]  # nothing is shared
         # Every text is tokenized alone, which is how the package makes its stop words.
-        words = [self.encode(text) for text in sampling["stop"] or ()]
+        words = [self.tokenizer.text_ids(text) for text in sampling["stop"] or ()]
         words += [[token] for token in sampling["stop_token_ids"] or ()]
-        new = played.decode(
+        new, reason = played.decode(
             embeds,
             rotary,
             names,
             sampling["max_tokens"],
             played.sampler(ids, sampling, "seed"),
             words,
-            sampling["end_id"],
+            model.spec.eos_token_ids[0],  # the tokenizer's own
         )
-        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=new)])
+        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=new, finish_reason=reason)])
 
 
 def install(
-    monkeypatch: pytest.MonkeyPatch, played: Played, version: str = "1.2.1", **llm: Any
+    monkeypatch: pytest.MonkeyPatch,
+    played: Played,
+    tokenizer: PromptTokenizer,
+    settings: Mapping[str, Any],
+    version: str = "1.2.1",
 ) -> None:
-    """Makes ``import tensorrt_llm`` find the stand-in; ``llm`` are attributes of its LLM."""
+    """Makes ``import tensorrt_llm`` find the stand-in, for an engine of ``tokenizer``.
+
+    ``settings`` are the keyword arguments of ``image.preprocess``.
+    """
     package, runtime, layers, llmapi = (
         ModuleType(name)
         for name in (
@@ -266,8 +296,9 @@ def install(
         pass
 
     Runner.played = Api.played = played
-    for name, value in llm.items():
-        setattr(Api, name, staticmethod(value) if callable(value) else value)
+    Api.tokenizer, Api.settings = tokenizer, settings
+    old = version.startswith(("1.2", "1.3"))
+    Api.ignores = frozenset(("seed", "repetition_penalty")) if old else frozenset()
     contents: dict[ModuleType, dict[str, Any]] = {
         package: {
             "__version__": version,

@@ -106,7 +106,7 @@ def given_engine(
         created_by={},
         source=Source("tiny", None, {}),
         spec=spec,
-        quant=Quant("given", "none", dict(formats)),
+        quant=Quant("given", "rtn", dict(formats)),
         template=TemplateRef("none", ""),
         pixel_budget=PixelRange(1, 1),
         image=ImageSettings((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 14, 2, 2),

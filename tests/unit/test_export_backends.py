@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+import torch
 
-from helpers.exporting import quick_export
-from helpers.for_tensorrt import MAX_PIXELS, PAGE_TOKENS, TARGETS, for_tensorrt, write_untied
-from helpers.tiny import read_spec
+from helpers.exporting import quick_export, write_samples
+from helpers.for_tensorrt import MAX_PIXELS, TARGETS, for_tensorrt, write_untied
 from mmr5_export.backends import check_backends
 from mmr5_export.cli import OK, USAGE, main, parser
 from mmr5_export.estimate import ResourceError
-from mmr5_export.job import prepare
-from mmr5_export.largest_page import largest_page_tokens
+from mmr5_export.job import graphs_unverified, prepare
 from mmr5_export.options import ExportOptions, OptionError
 from mmr5_export.pipeline import export, plan_export
 from mmr5_export.source import MINI
-from mmr5_export.trtllm.refusals import resolve_limits
-from mmr5_runtime.image import PixelBudget, planned_sizes
-from mmr5_runtime.manifest import PixelRange
-from mmr5_runtime.spec import ModelSpec
-from mmr5_runtime.types import PageError
 
 ROUNDED: dict[str, Any] = {"method": "rtn", "verify": False}
 LLM_API: dict[str, Any] = {"backend": ("tensorrt-llm",), "trt_target": ("llm-api",)}
@@ -39,11 +33,6 @@ ONNX: dict[str, Any] = {"backend": ("tensorrt-llm",), "trt_target": ("onnx",)}
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_untied(tmp_path_factory.mktemp("untied"))
-
-
-@pytest.fixture(scope="module")
-def spec(checkpoint: Path) -> ModelSpec:
-    return read_spec(checkpoint)
 
 
 def refusal(model: Path | str, folder: Path, quant: str | None = "int4", **options: Any) -> str:
@@ -113,7 +102,7 @@ def test_the_command_line_says_the_same() -> None:
     ("quant", "options", "words"),
     [
         ("int4", {"symmetric": False}, "asymmetric"),
-        ("int4", {"group_size": 64}, "groups of 64|not of 64"),
+        ("int4", {"group_size": 64}, "groups of 64"),
         ("int4-mixed", {"method": None}, "mixed"),
         ("int8-weight-only", {}, "w8a16|weight-only int8"),
     ],
@@ -127,7 +116,8 @@ def test_weights_that_tensorrt_llm_cannot_hold(
 
 def test_the_llm_api_has_nothing_to_gain_from_bf16(checkpoint: Path, tmp_path: Path) -> None:
     wanted = for_tensorrt(trt_target=("llm-api",))
-    assert "reads from the checkpoint itself" in refusal(checkpoint, tmp_path, "bf16", **wanted)
+    found = refusal(checkpoint, tmp_path, "bf16", **wanted)
+    assert "TensorRT-LLM reads from the checkpoint itself" in found
 
 
 def test_the_llm_api_has_no_kernel_for_int8(checkpoint: Path, tmp_path: Path) -> None:
@@ -143,7 +133,7 @@ def test_a_recipe_with_rules_of_its_own(checkpoint: Path, tmp_path: Path) -> Non
     )
     wanted = for_tensorrt(trt_target=("llm-api",), verify=False)
     found = refusal(checkpoint, tmp_path, str(recipe), **wanted)
-    assert "stored alike but they are w4a16-g128 and w8a16" in found
+    assert re.search(r"stored alike, and they are w4a16-g128 \(.*\) and w8a16 \(.*\);", found)
 
 
 def test_a_tied_model_has_no_engine(tmp_path: Path) -> None:
@@ -162,7 +152,8 @@ def test_static_scales_of_activations_need_lists_to_calibrate_on(
 def test_a_tower_of_8_bits_has_no_scale_for_its_inputs(checkpoint: Path, tmp_path: Path) -> None:
     for target in ("engine", "onnx"):
         wanted = for_tensorrt(trt_target=(target,), quantize_vision="int8", **ROUNDED)
-        assert "calibration has not seen that input" in refusal(checkpoint, tmp_path, **wanted)
+        found = refusal(checkpoint, tmp_path, **wanted)
+        assert "calibration, which is of decoder layers, has not seen that input" in found
 
 
 def test_fp8_has_no_kernel_in_onnx_runtime(checkpoint: Path, tmp_path: Path) -> None:
@@ -173,6 +164,99 @@ def test_fp8_has_no_kernel_in_onnx_runtime(checkpoint: Path, tmp_path: Path) -> 
 def test_zero_points_have_no_place_in_tensorrt(checkpoint: Path, tmp_path: Path) -> None:
     wanted = for_tensorrt(trt_target=("onnx",), symmetric=False, **ROUNDED)
     assert "without zero points" in refusal(checkpoint, tmp_path, **wanted)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "option"),
+    [
+        ({"backend": ("onnxruntime",)}, "--backend onnxruntime"),
+        (ENGINE, "--trt-target engine"),
+        (ONNX, "--trt-target onnx"),
+    ],
+)
+def test_graphs_without_the_package_that_writes_them(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    wanted: dict[str, Any],
+    option: str,
+) -> None:
+    found_by = importlib.util.find_spec
+
+    def without_onnx(name: str, package: str | None = None) -> ModuleSpec | None:
+        return None if name == "onnx" else found_by(name, package)
+
+    monkeypatch.setattr("importlib.util.find_spec", without_onnx)
+    found = refusal(checkpoint, tmp_path, **wanted, max_pixels=MAX_PIXELS, **ROUNDED)
+    assert found.startswith(f"{option} writes graphs with the package onnx")
+    assert "install mmr5-runtime[export]" in found
+
+
+def test_a_build_that_could_not_run_is_refused_before_the_work(
+    checkpoint: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    site = tmp_path_factory.mktemp("site")
+    (site / "tensorrt_llm").mkdir()
+    (site / "tensorrt_llm" / "__init__.py").touch()
+    (site / "tensorrt_llm-1.4.0rc1.dist-info").mkdir()
+    metadata = "Metadata-Version: 2.1\nName: tensorrt_llm\nVersion: 1.4.0rc1\n"
+    (site / "tensorrt_llm-1.4.0rc1.dist-info" / "METADATA").write_text(metadata)
+    monkeypatch.syspath_prepend(str(site))
+    wanted = for_tensorrt(trt_target=("engine",), **ROUNDED)
+    found = refusal(checkpoint, tmp_path, **wanted)
+    assert "TensorRT-LLM 1.4.0rc1 is installed but the build is for 1.2.1" in found
+
+
+def test_versions_that_an_export_depends_on_are_those_it_uses(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    def versions(**wanted: Any) -> set[str]:
+        options = ExportOptions(**{**ROUNDED, "max_pixels": MAX_PIXELS, **wanted})
+        job = prepare(checkpoint, "int4", tmp_path / "e", options, lambda *_, **__: None)
+        return {"onnx", "onnxruntime"} & set(job.environment["versions"])
+
+    assert versions() == versions(**LLM_API) == set()
+    assert versions(**ENGINE) == versions(**ONNX) == {"onnx"}
+    assert versions(backend=("onnxruntime",)) == {"onnx", "onnxruntime"}
+
+
+def test_graphs_are_not_run_for_an_export_on_a_gpu(checkpoint: Path, tmp_path: Path) -> None:
+    options = ExportOptions(**ROUNDED, backend=("onnxruntime",), device="cpu")
+    job = prepare(checkpoint, "int4", tmp_path / "e", options, lambda *_, **__: None)
+    assert graphs_unverified(job) is None
+    on_gpu = graphs_unverified(replace(job, device=torch.device("cuda")))
+    assert on_gpu == "they run on a CPU, and this export on cuda"
+
+
+def test_running_the_graphs_is_a_stage_of_its_own(
+    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    data = write_samples(tmp_path_factory.mktemp("data"), 2, own_of=checkpoint)
+    wanted: dict[str, Any] = {"calib_data": data, "held_out": 2, "method": "rtn", "device": "cpu"}
+    asked = {**wanted, "backend": ("onnxruntime",)}
+    stage = "verifying with ONNX Runtime"
+
+    def stages(**options: Any) -> dict[str, int]:
+        made = plan_export(checkpoint, "int4", tmp_path / "e", ExportOptions(**options))
+        return dict(made[1].needs.memory)
+
+    assert stage not in stages(**wanted)
+    assert stage not in stages(**{**asked, "verify": False})
+    found = stages(**asked)
+    assert found[stage] > 0
+    # What there is no memory for is left out, and says so; it is no reason to refuse the export.
+    largest = max(size for name, size in found.items() if name != stage)
+    if largest < found[stage]:
+        assert stage not in stages(**asked, free_memory=largest)
+    made = plan_export(
+        checkpoint, "int4", tmp_path / "e", ExportOptions(**asked, free_memory=found[stage] - 1)
+    )
+    skipped = made[1].graphs_skipped
+    assert skipped is not None and re.search(r"takes about .* were free", skipped)
+    assert stage not in made[1].needs.memory
 
 
 def test_rtx_that_is_not_installed(checkpoint: Path, tmp_path: Path) -> None:
@@ -204,105 +288,6 @@ def test_a_quantized_source_keeps_neither_original_nor_ranges(
     )
     found = refusal(work / "hf", tmp_path, None, **for_tensorrt(trt_target=("engine",)))
     assert "needs the largest input of every linear" in found
-
-
-# Sizes.
-
-
-@given(st.integers(1, 8000), st.integers(1, 8000), st.integers(4, 900), st.integers(0, 900))
-def test_no_page_is_larger_than_the_largest(
-    spec: ModelSpec, width: int, height: int, low: int, more: int
-) -> None:
-    budget = PixelRange(low * 784, (low + more) * 784)
-    try:
-        _, (wide, high) = planned_sizes(width, height, PixelBudget(**asdict(budget)))
-    except PageError:
-        return
-    assert wide * high // 784 <= largest_page_tokens(spec.vision, budget)
-
-
-def test_the_least_number_that_would_do_is_named_and_does(spec: ModelSpec) -> None:
-    budget = PixelRange(3136, MAX_PIXELS)
-    too_small = ExportOptions(
-        **ENGINE, max_multimodal_len=100, max_batch_size=3, max_new_tokens=1000
-    )
-    with pytest.raises(OptionError, match="too small for the page budget") as caught:
-        resolve_limits(spec, budget, too_small)
-    number = int(re.findall(r"; pass (\d+)", str(caught.value))[0])
-    assert number == 3 * 20 * PAGE_TOKENS
-    limits = resolve_limits(spec, budget, replace(too_small, max_multimodal_len=number))
-    assert limits.max_multimodal_len == number
-    with pytest.raises(OptionError):
-        resolve_limits(spec, budget, replace(too_small, max_multimodal_len=number - 1))
-
-
-def test_sizes_that_nobody_gave_hold_the_longest_default_request(spec: ModelSpec) -> None:
-    options = ExportOptions(**ENGINE, max_new_tokens=1000)
-    limits = resolve_limits(spec, PixelRange(3136, MAX_PIXELS), options)
-    assert limits.page_tokens == PAGE_TOKENS
-    assert limits.max_input_len == 20 * PAGE_TOKENS + 512
-    assert limits.max_seq_len == limits.max_input_len + 1000
-    assert limits.max_multimodal_len == 20 * PAGE_TOKENS and limits.max_batch_size == 1
-
-
-def test_large_pages_are_cut_to_the_context(spec: ModelSpec) -> None:
-    limits = resolve_limits(spec, PixelRange(3136, 28 * 28 * 700), ExportOptions(**ENGINE))
-    assert limits.max_seq_len == spec.text.max_position_embeddings == 4096
-    assert limits.max_input_len == 2048 and limits.max_multimodal_len == 2048 - 512
-
-
-@pytest.mark.parametrize(
-    ("sizes", "words"),
-    [
-        (
-            {"max_input_len": 600},
-            "600 does not hold 2 pages of up to 97 .*pass 706 or more",
-        ),
-        ({"max_input_len": 3000, "max_seq_len": 3000}, "no room for an answer"),
-        ({"max_seq_len": 5000}, "context has 4096; pass --max-seq-len 4096"),
-        ({"max_input_len": 4000}, "context has 4096"),
-        ({"max_seq_len": 2100}, "a prompt of 52 tokens does not hold"),
-    ],
-)
-def test_sizes_that_cannot_be(spec: ModelSpec, sizes: dict[str, Any], words: str) -> None:
-    with pytest.raises(OptionError, match=words):
-        resolve_limits(spec, PixelRange(3136, MAX_PIXELS), ExportOptions(**ENGINE, **sizes))
-
-
-size = st.none() | st.integers(1, 6000)
-
-
-@given(st.integers(1, 2000), size, size, size, st.none() | st.integers(1, 4))
-def test_sizes_either_hold_together_or_are_refused(
-    spec: ModelSpec,
-    page: int,
-    prompt: int | None,
-    sequence: int | None,
-    multimodal: int | None,
-    batch: int | None,
-) -> None:
-    options = ExportOptions(
-        **ENGINE,
-        max_input_len=prompt,
-        max_seq_len=sequence,
-        max_multimodal_len=multimodal,
-        max_batch_size=batch,
-    )
-    try:
-        limits = resolve_limits(spec, PixelRange(3136, max(page, 4) * 784), options)
-    except OptionError as error:
-        assert str(error).endswith(".")
-        return
-    assert limits.max_input_len < limits.max_seq_len <= spec.text.max_position_embeddings
-    assert 2 * limits.page_tokens < limits.max_input_len <= limits.max_num_tokens
-    assert limits.max_multimodal_len >= 2 * limits.page_tokens
-    for given_size, found in (
-        (prompt, limits.max_input_len),
-        (sequence, limits.max_seq_len),
-        (multimodal, limits.max_multimodal_len),
-        (batch, limits.max_batch_size),
-    ):
-        assert given_size in (None, found)
 
 
 def test_sizes_are_checked_for_every_target(checkpoint: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def interrupt(*_: object, **__: object) -> None:
 @pytest.fixture
 def rejecting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stands for a verification that finds the engine wanting."""
-    monkeypatch.setattr("mmr5_export.pipeline.verdict", lambda *_: REASON)
+    monkeypatch.setattr("mmr5_export.publish.verdict", lambda *_: REASON)
 
 
 def stopped_at(place: str, monkeypatch: pytest.MonkeyPatch, *arguments: Any, **more: Any) -> None:

@@ -153,6 +153,19 @@ def test_a_backend_cannot_own_what_the_native_engine_reads(engine: Path) -> None
         read_manifest(engine)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer.json", "config.json", "preprocessor_config.json", "generation_config.json"],
+)
+def test_a_backend_cannot_claim_what_would_then_not_count_for_the_engine(
+    engine: Path, name: str
+) -> None:
+    with_backend(engine)
+    change(engine, lambda data: data["backends"]["tensorrt-llm"]["files"].append(name))
+    with pytest.raises(EngineError, match=f"'{name}' of the backend .* is the engine's own"):
+        read_manifest(engine)
+
+
 part = st.text(st.characters(exclude_characters="/\\:\0", codec="utf-8"), min_size=1, max_size=6)
 plain = st.lists(part.filter(lambda text: text not in (".", "..")), min_size=1, max_size=4)
 

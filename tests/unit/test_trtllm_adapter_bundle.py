@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.trtllm_tiny import tiny_spec
 from mmr5_runtime.artifact import file_sha256
 from mmr5_runtime.options import RerankOptions
 from mmr5_runtime.trtllm.bundle import Bundle, check_bundle, find_bundle
 from mmr5_runtime.trtllm.options import check_load, check_options
 from mmr5_runtime.trtllm.prompt import Limits
-from mmr5_runtime.trtllm.runner import open_runner
+from mmr5_runtime.trtllm.runner import installed_versions
 from mmr5_runtime.types import EngineError, RequestError
 
 CONFIG: dict[str, Any] = {
@@ -96,6 +95,26 @@ def test_what_describes_no_bundle(tmp_path: Path, text: str) -> None:
         check_bundle(find_bundle(tmp_path), hashes=False)
 
 
+@pytest.mark.parametrize("name", ["../outside", "/etc/hosts", "a//b"])
+def test_a_bundle_that_lists_files_of_others(tmp_path: Path, name: str) -> None:
+    folder = make(tmp_path, files=())
+    (folder.parent / "outside").write_text("")
+    entry = {name: {"sha256": "", "size": 0}}
+    (folder / "bundle.json").write_text(json.dumps({"target": "engine", "files": entry}))
+    with pytest.raises(EngineError, match="outside its folder"):
+        check_bundle(find_bundle(tmp_path), hashes=False)
+
+
+def test_engines_may_be_built_again(tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    build(folder)
+    bundle = find_bundle(tmp_path)
+    before = bundle.stamps()
+    (folder / "llm/rank0.engine").write_bytes(b"another engine")
+    check_bundle(bundle, hashes=True)
+    assert set(before) == set(bundle.stamps()) and before != bundle.stamps()
+
+
 def test_a_bundle_in_the_folder_of_the_other(tmp_path: Path) -> None:
     folder = make(tmp_path)
     (folder / "bundle.json").write_text('{"target": "llm-api", "files": {}}')
@@ -119,6 +138,21 @@ def test_what_an_engine_was_built_for(tmp_path: Path) -> None:
     built = find_bundle(tmp_path).built()
     assert built.limits == Limits(sequence=400, prompt=300, images=200)
     assert (built.positions, built.vocab_size, built.reuse) == (512, 64, True)
+    assert built.dtype == torch.float16
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bfloat16", torch.bfloat16), ("float32", None)])
+def test_page_embeddings_have_the_dtype_of_the_build(
+    tmp_path: Path, name: str, dtype: torch.dtype | None
+) -> None:
+    model = {**CONFIG["pretrained_config"], "dtype": name}
+    build(make(tmp_path), CONFIG | {"pretrained_config": model})
+    bundle = find_bundle(tmp_path)
+    if dtype is not None:
+        assert bundle.built().dtype == dtype
+        return
+    with pytest.raises(EngineError, match="float32"):
+        bundle.built()
 
 
 @pytest.mark.parametrize("missing", ["build_config", "pretrained_config"])
@@ -130,7 +164,7 @@ def test_an_engine_without_its_description(tmp_path: Path, missing: str) -> None
 
 def test_arguments_are_those_of_the_installed_version_or_its_minor_release(tmp_path: Path) -> None:
     names = ("llm_args-1.2.1.yaml", "llm_args-1.3.0rc22.yaml", "llm_args-1.4.0rc1.yaml")
-    make(tmp_path, "llm-api", names)
+    make(tmp_path, "llm-api", (*names, "llm_args-1.3.0rc9.yaml"))  # which is older than rc22
     bundle = find_bundle(tmp_path)
     for version, name in (
         ("1.2.1", names[0]),
@@ -140,16 +174,19 @@ def test_arguments_are_those_of_the_installed_version_or_its_minor_release(tmp_p
     ):
         assert bundle.arguments_file(version).name == name
     with pytest.raises(
-        EngineError, match=r"1\.2\.1, 1\.3\.0rc22, 1\.4\.0rc1 but 2\.0 is installed"
+        EngineError, match=r"1\.2\.1, 1\.3\.0rc9, 1\.3\.0rc22, 1\.4\.0rc1 but 2\.0 is installed"
     ):
         bundle.arguments_file("2.0")
 
 
-@pytest.mark.parametrize("target", ["engine", "llm-api"])
-def test_without_the_package(tmp_path: Path, target: str) -> None:
-    make(tmp_path, target)
-    with pytest.raises(EngineError, match="tensorrt_llm is not installed.*backend='native'"):
-        open_runner(find_bundle(tmp_path), tiny_spec(2), torch.device("cpu"))
+@pytest.mark.parametrize(
+    ("target", "versions"), [("engine", "1.2.1"), ("llm-api", "1.3.0rc22 or 1.4.0rc1")]
+)
+def test_without_the_package(tmp_path: Path, target: str, versions: str) -> None:
+    make(tmp_path, target, ("llm_args-1.3.0rc22.yaml", "llm_args-1.4.0rc1.yaml"))
+    said = f"tensorrt_llm is not installed.*install tensorrt_llm {versions} from.*'native'"
+    with pytest.raises(EngineError, match=said):
+        installed_versions(find_bundle(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -167,6 +204,13 @@ def test_options_of_a_request_that_are_refused(options: dict[str, Any]) -> None:
     [name] = options
     with pytest.raises(RequestError, match=rf"{name}=.*TensorRT-LLM backend"):
         check_options(RerankOptions(**options))
+
+
+def test_a_seed_is_refused_where_it_would_be_ignored() -> None:
+    options = RerankOptions(temperature=0.3, seed=5)
+    check_options(options)
+    with pytest.raises(RequestError, match="seed=5 does not work"):
+        check_options(options, frozenset({"seed"}))
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ from helpers.trtllm_stand_in import bind, signatures
 from helpers.trtllm_tiny import tiny_spec
 from mmr5_export.trtllm.llm_args import llm_args, to_yaml
 from mmr5_export.trtllm.refusals import Limits as Exported
-from mmr5_export.trtllm.versions import VERSIONS
 from mmr5_runtime.image import PixelBudget
 from mmr5_runtime.sampler import SamplingParams
 from mmr5_runtime.trtllm import calls
+from mmr5_runtime.trtllm.bundle import dtype_of
 from mmr5_runtime.trtllm.inputs import EngineInputs
-from mmr5_runtime.trtllm.prompt import Limits, RunnerPrompt, ShownPage
+from mmr5_runtime.trtllm.prompt import Limits
 from mmr5_runtime.trtllm.stops import StopWords
 from mmr5_runtime.types import EngineError
 
@@ -32,15 +32,6 @@ INPUTS = EngineInputs(
     torch.zeros(1, 8),
     torch.zeros(1, 1, dtype=torch.int32),
 )
-
-
-def prompt() -> RunnerPrompt:
-    spec = tiny_spec(2)
-    page = ShownPage(
-        bytes(range(32)), (1, 4, 4), lambda: torch.zeros(4, 8), lambda: Image.new("RGB", (56, 56))
-    )
-    ids = [5, *[spec.image_token_id] * 4, 6]
-    return RunnerPrompt(ids, [page], PixelBudget(784, 7840))
 
 
 def test_a_typo_would_be_noticed() -> None:
@@ -59,11 +50,13 @@ def test_every_signature_says_where_it_was_read() -> None:
 @pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 @pytest.mark.parametrize("stops", [None, STOPS], ids=["eos", "tag"])
 def test_keywords_bind(params: SamplingParams, stops: StopWords | None) -> None:
-    bind("ModelRunnerCpp.from_dir", calls.from_dir("llm", True))
+    bind("ModelRunnerCpp.from_dir", calls.from_dir("llm", True, 1))
     bind("MropeParams", calls.mrope(INPUTS))
     generate = calls.engine_generate(INPUTS, object(), 9, params, ENDS, stops)
     bind("ModelRunnerCpp.generate", generate)
-    bind("SamplingParams", calls.llm_sampling(9, params, ENDS, stops))
+    for version in ((1, 2, 1), (1, 4, 0)):
+        ignores = calls.ignored(version)
+        bind("SamplingParams", calls.llm_sampling(9, params, ENDS, stops, ignores))
     bind("LLM", calls.llm("folder", {"max_seq_len": 9, "kv_cache_config": {}}, object()))
     bind("LLM.generate", calls.llm_generate(object(), object()))
 
@@ -93,21 +86,27 @@ def test_stop_words_and_other_end_tokens() -> None:
     assert words(one, None) is None
     api = calls.llm_sampling(9, GREEDY, ENDS, STOPS)
     assert api["stop"] == ["</answer>"] and api["include_stop_str_in_output"] is True
-    assert api["stop_token_ids"] == [61] and api["end_id"] == 60
-    assert calls.llm_sampling(9, GREEDY, one, None)["stop_token_ids"] is None
+    # With an end_id the package would never tokenize the texts.
+    assert api["stop_token_ids"] == [60, 61] and not {"end_id", "pad_id"} & set(api)
+    assert calls.llm_sampling(9, GREEDY, one, None)["stop_token_ids"] == [60]
+
+
+def test_what_a_version_ignores_is_not_given_to_it() -> None:
+    for version in ("1.2.1", "1.3.0rc22"):
+        ignores = calls.ignored(calls.check_version(version, "llm-api"))
+        given = calls.llm_sampling(9, DRAWN, ENDS, STOPS, ignores)
+        assert not {"seed", "repetition_penalty"} & set(given) and given["temperature"] == 0.3
+    ignores = calls.ignored(calls.check_version("1.4.0rc1", "llm-api"))
+    given = calls.llm_sampling(9, DRAWN, ENDS, STOPS, ignores)
+    assert given["seed"] == 7 and given["repetition_penalty"] == 1.0
 
 
 def test_prompts_of_the_llm_api() -> None:
-    image = tiny_spec(2).image_token_id
-    found = calls.llm_inputs(prompt(), image, (1, 2, 1))
+    found = calls.llm_inputs([5, 1, 6], [Image.new("RGB", (56, 56))], PixelBudget(784, 7840))
     bind("TokensPrompt", found)
-    assert found["prompt_token_ids"] == [5, image, 6]
+    assert found["prompt_token_ids"] == [5, 1, 6]
     assert [page.size for page in found["multi_modal_data"]["image"]] == [(56, 56)]
     assert found["mm_processor_kwargs"] == {"min_pixels": 784, "max_pixels": 7840}
-    assert "multi_modal_uuids" not in found
-    later = calls.llm_inputs(prompt(), image, (1, 3, 0))
-    bind("TokensPrompt", later)
-    assert later["multi_modal_uuids"] == {"image": [bytes(range(32)).hex()]}
 
 
 def test_arguments_of_an_exported_bundle_bind() -> None:
@@ -119,11 +118,11 @@ def test_arguments_of_an_exported_bundle_bind() -> None:
         max_multimodal_len=200,
         page_tokens=50,
     )
-    for version in VERSIONS.values():
-        arguments = yaml.safe_load(to_yaml(llm_args(version, limits)))
-        bind("KvCacheConfig", arguments[calls.KV_CACHE])
-        bind("LLM", calls.llm("folder", arguments, object()))
-        assert calls.llm_limits(arguments) == Limits(sequence=400, prompt=300, images=300)
+    arguments = yaml.safe_load(to_yaml(llm_args(limits)))
+    bind("KvCacheConfig", arguments[calls.KV_CACHE])
+    bind("LLM", calls.llm("folder", arguments, object()))
+    assert calls.llm_limits(arguments) == Limits(sequence=400, prompt=300, images=300)
+    assert dtype_of(arguments["dtype"]) == torch.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,14 @@ from PIL import Image
 
 from helpers.trtllm_tiny import tiny_spec
 from mmr5_runtime.image import REFERENCE_BUDGET
-from mmr5_runtime.rope import Grid
+from mmr5_runtime.rope import Grid, TextRotary
 from mmr5_runtime.spec import ModelSpec
+from mmr5_runtime.trtllm import inputs
 from mmr5_runtime.trtllm.inputs import (
     engine_inputs,
     extra_ids,
     fake_ids,
+    followed_by,
     one_pad_per_page,
     page_extra_ids,
     rotary_table,
@@ -104,11 +106,11 @@ def test_image_tokens_are_numbered_behind_the_vocabulary(merged: list[Grid]) -> 
 @settings(deadline=None)
 def test_rows_of_the_prompt_table_are_the_pages_in_order(merged: list[Grid]) -> None:
     prompt = prompt_of([(bytes([n]) * 32, grid) for n, grid in enumerate(merged)])
-    inputs = engine_inputs(prompt, SPEC, 256)
-    rows = inputs.input_ids[inputs.input_ids >= SPEC.text.vocab_size] - SPEC.text.vocab_size
+    made = engine_inputs(prompt, SPEC, 256)
+    rows = made.input_ids[made.input_ids >= SPEC.text.vocab_size] - SPEC.text.vocab_size
     expected = torch.cat([page.embeddings() for page in prompt.pages])
-    assert inputs.prompt_table.shape == (1, *expected.shape)
-    assert torch.equal(inputs.prompt_table[0][rows.long()], expected)
+    assert made.prompt_table.shape == (1, *expected.shape)
+    assert torch.equal(made.prompt_table[0][rows.long()], expected)
 
 
 @given(grids)
@@ -116,7 +118,7 @@ def test_rows_of_the_prompt_table_are_the_pages_in_order(merged: list[Grid]) -> 
 def test_rotary_table_by_plain_arithmetic(merged: list[Grid]) -> None:
     """Position by position as the model's authors describe it, angle by angle in doubles."""
     prompt = prompt_of([(bytes(32), grid) for grid in merged])
-    inputs = engine_inputs(prompt, SPEC, 256)
+    made = engine_inputs(prompt, SPEC, 256)
     places: list[tuple[int, int, int]] = []
     position = 0
     shown = iter(merged)
@@ -137,14 +139,49 @@ def test_rotary_table_by_plain_arithmetic(merged: list[Grid]) -> None:
         ids = ids[rows * columns :]
     text = SPEC.text
     axes = [axis for axis, size in enumerate(text.mrope_section) for _ in range(size)]
-    table = inputs.rotary_cos_sin.view(256, text.head_dim // 2, 2)
+    table = made.rotary_cos_sin.view(256, text.head_dim // 2, 2)
     for number, place in enumerate([*places, (0, 0, 0)]):
         for pair, axis in enumerate(axes):
             angle = place[axis] * text.rope_theta ** (-2 * pair / text.head_dim)
             cos, sin = table[number, pair].tolist()
             assert math.isclose(cos, math.cos(angle), abs_tol=1e-5)
             assert math.isclose(sin, math.sin(angle), abs_tol=1e-5)
-    assert inputs.position_deltas.tolist() == [[position - len(prompt.token_ids)]]
+    assert made.position_deltas.tolist() == [[position - len(prompt.token_ids)]]
+
+
+@given(grids, st.lists(st.sampled_from([TEXT, SPEC.image_token_id]), max_size=9))
+@settings(deadline=None)
+def test_tokens_behind_a_prompt_are_text(merged: list[Grid], behind: list[int]) -> None:
+    """As if they had been in the prompt, but for image tokens, which no page belongs to."""
+    prompt = prompt_of([(bytes(32), grid) for grid in merged])
+    alone = engine_inputs(prompt, SPEC, 256)
+    table = alone.rotary_cos_sin.clone()
+    found = followed_by(alone, behind, SPEC)
+    longer = RunnerPrompt([*prompt.token_ids, *[TEXT] * len(behind)], prompt.pages, prompt.pixels)
+    expected = engine_inputs(longer, SPEC, 256)
+    count = len(prompt.token_ids)
+    assert found.input_ids.tolist() == [*alone.input_ids.tolist(), *behind]
+    assert found.extra_ids == expected.extra_ids and found.prompt_table is alone.prompt_table
+    assert torch.equal(found.rotary_cos_sin, expected.rotary_cos_sin)
+    assert torch.equal(found.position_deltas, expected.position_deltas)
+    rows = slice(0, count * SPEC.text.head_dim)
+    assert torch.equal(alone.rotary_cos_sin[0, rows], table[0, rows])
+    assert len(alone.input_ids) == len(alone.extra_ids) == count
+
+
+def test_angles_are_computed_for_the_tokens_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine's table has 128 thousand positions, most of them behind any prompt."""
+    computed = []
+
+    class Watched(TextRotary):
+        def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            computed.append(positions.shape[1])
+            return super().forward(positions)
+
+    monkeypatch.setattr(inputs, "TextRotary", Watched)
+    prompt = prompt_of([(bytes(32), (1, 2, 2))])
+    followed_by(engine_inputs(prompt, SPEC, 131072), [TEXT] * 3, SPEC)
+    assert computed == [len(prompt.token_ids), 3]
 
 
 def test_a_prompt_longer_than_the_table_is_an_error() -> None:

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from helpers.scripted import mini_language, qwen_language
 from mmr5_runtime.language import Language
-from mmr5_runtime.trtllm.prompt import written
+from mmr5_runtime.trtllm.prompt import finished, written
 from mmr5_runtime.trtllm.stops import STOP_TAG, StopWords
+from mmr5_runtime.types import EngineError
 
 
 def words_of(language: Language) -> StopWords:
@@ -85,3 +86,25 @@ def test_how_a_call_ended(
     tokens: list[int], stops: StopWords | None, expected: tuple[list[int], bool]
 ) -> None:
     assert written(tokens, frozenset({99}), 4, stops) == expected
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reason", "stops", "expected"),
+    [
+        ([1, 2], "length", STOPS, ([1, 2], False)),  # short, and yet not at its end
+        ([1, 2], "stop", STOPS, ([1, 2], True)),  # the end token, left out
+        ([1, 2, 99], "stop", STOPS, ([1, 2], True)),
+        ([1, 7, 8], "stop", STOPS, ([1, 7, 8], False)),
+        ([1, 7, 8], "stop", None, ([1, 7, 8], True)),
+    ],
+)
+def test_how_a_call_ended_that_says_so(
+    tokens: list[int], reason: str, stops: StopWords | None, expected: tuple[list[int], bool]
+) -> None:
+    assert finished(tokens, reason, frozenset({99}), stops) == expected
+
+
+@pytest.mark.parametrize("reason", ["cancelled", "timeout", None])
+def test_a_call_that_was_given_up_is_no_answer(reason: str | None) -> None:
+    with pytest.raises(EngineError, match="gave up"):
+        finished([1, 2], reason, frozenset({99}), None)

@@ -11,8 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from mmr5_export.options import OptionError
 from mmr5_export.trtllm.bundle import (
     Step,
+    build_lines,
+    builder_installed,
+    check_builder,
     decoder_step,
     run_steps,
     serve_step,
@@ -22,7 +26,6 @@ from mmr5_export.trtllm.bundle import (
 )
 from mmr5_export.trtllm.refusals import Limits
 from mmr5_export.trtllm.versions import VERSIONS
-from mmr5_runtime.types import ExportError
 
 V121 = VERSIONS["1.2.1"]
 LIMITS = Limits(2, 20_000, 22_048, 39_000, 980)
@@ -90,7 +93,8 @@ def test_a_bundle_names_every_file_below_it_with_its_hash(tmp_path: Path) -> Non
     (tmp_path / "ckpt" / "config.json").write_text("{}")
     (tmp_path / "build.sh").write_text("exit")
     for _ in range(2):  # a bundle that is there already is not part of itself
-        write_bundle(tmp_path, "engine", {"tool": "1"}, "nothing was run", [Step("x", ("a", "b"))])
+        lines = build_lines([Step("x", ("a", "b"))])
+        write_bundle(tmp_path, "engine", {"tool": "1"}, "nothing was run", lines)
     found = json.loads((tmp_path / "bundle.json").read_text())
     assert found == {
         "target": "engine",
@@ -104,8 +108,9 @@ def test_a_bundle_names_every_file_below_it_with_its_hash(tmp_path: Path) -> Non
     }
 
 
-def test_nothing_is_run_where_tensorrt_llm_is_not_installed(tmp_path: Path) -> None:
-    assert not run_steps(tmp_path, V121, [Step("x", ("false",))])
+def test_where_tensorrt_llm_is_not_installed_nothing_is_asked_for() -> None:
+    assert not builder_installed()
+    check_builder(V121)
 
 
 @pytest.fixture
@@ -130,28 +135,60 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.fixture
+def trtexec(installed: Path) -> Path:
+    """The second program of a build, which does nothing."""
+    program = installed.parent / "bin" / "trtexec"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    return program
+
+
 def test_the_steps_run_in_the_folder_of_the_bundle(installed: Path) -> None:
     steps = [Step("x", ("trtllm-build", "ok", "a b")), Step("y", ("trtllm-build", "ok"))]
-    assert run_steps(installed, V121, steps)
+    assert run_steps(installed, steps) is None
     assert (installed / "made").read_text() == f"{installed} ok a b\n{installed} ok\n"
 
 
 def test_a_step_that_fails_stops_the_build_with_its_words(installed: Path) -> None:
     steps = [Step("x", ("trtllm-build", "bad")), Step("y", ("trtllm-build", "ok"))]
-    with pytest.raises(ExportError, match=r"trtllm-build bad failed with status 3 \(no memory\)"):
-        run_steps(installed, V121, steps)
+    assert run_steps(installed, steps) == "trtllm-build failed with status 3 (no memory)"
     assert (installed / "made").read_text() == f"{installed} bad\n"
 
 
-def test_another_version_than_the_files_are_for_is_not_used(installed: Path) -> None:
-    with pytest.raises(ExportError, match=r"TensorRT-LLM 1\.2\.1 is installed but .* 1\.4\.0rc1"):
-        run_steps(installed, VERSIONS["1.4.0rc1"], [Step("x", ("trtllm-build", "ok"))])
-    assert not (installed / "made").exists()
+def test_a_build_that_failed_leaves_no_engine(installed: Path) -> None:
+    (installed / "llm").mkdir()
+    (installed / "llm" / "rank0.engine").write_text("half")
+    (installed / "vision.engine").write_text("half")
+    steps = [Step("llm", ("trtllm-build", "ok")), Step("vision.engine", ("no-such-program",))]
+    reason = run_steps(installed, steps)
+    assert reason is not None and reason.startswith("no-such-program could not be run")
+    assert sorted(path.name for path in installed.iterdir()) == ["made"]
 
 
-def test_a_program_that_is_not_there(installed: Path) -> None:
-    with pytest.raises(ExportError, match=r"no-such-program cannot be run .*; install it\.$"):
-        run_steps(installed, V121, [Step("x", ("no-such-program",))])
+def test_a_build_that_can_run_is_let_through(trtexec: Path) -> None:
+    assert builder_installed()
+    check_builder(V121)
+
+
+def test_another_version_than_the_files_are_for_is_refused_at_once(trtexec: Path) -> None:
+    with pytest.raises(OptionError, match=r"TensorRT-LLM 1\.2\.1 is installed but .* 1\.4\.0rc1"):
+        check_builder(VERSIONS["1.4.0rc1"])
+
+
+def test_an_installation_that_does_not_say_its_version(installed: Path, trtexec: Path) -> None:
+    (metadata,) = (installed.parent / "site").glob("*.dist-info/METADATA")
+    metadata.unlink()
+    metadata.parent.rmdir()
+    with pytest.raises(OptionError, match=r"TensorRT-LLM of no known version is installed"):
+        check_builder(V121)
+
+
+@pytest.mark.parametrize("program", ["trtllm-build", "trtexec"])
+def test_a_program_that_is_not_there_is_named_at_once(trtexec: Path, program: str) -> None:
+    (trtexec.parent / program).unlink()
+    with pytest.raises(OptionError, match=rf"needs {program}, which is not on the PATH; .*\.$"):
+        check_builder(V121)
 
 
 def test_the_script_runs_its_commands_from_anywhere(installed: Path, tmp_path: Path) -> None:

@@ -9,13 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmr5_export.options import OptionError
-from mmr5_export.trtllm.llm_args import (
-    KNOWN_KEYS,
-    file_name,
-    llm_args,
-    sampling_params,
-    to_yaml,
-)
+from mmr5_export.trtllm.llm_args import file_name, llm_args, sampling_params, to_yaml
 from mmr5_export.trtllm.refusals import Limits
 from mmr5_export.trtllm.versions import ENGINE_VERSION, VERSIONS, known_version
 
@@ -48,30 +42,24 @@ def test_the_versions_and_what_they_are_known_by() -> None:
 @pytest.mark.parametrize("name", VERSIONS)
 def test_the_file_of_a_version(name: str) -> None:
     version = VERSIONS[name]
-    arguments = llm_args(version, LIMITS)
-    assert set(arguments) <= set(KNOWN_KEYS[name])
+    arguments = llm_args(LIMITS)
     text = to_yaml(arguments, f"LLM arguments of TensorRT-LLM {name}")
     assert text == GOLDEN.replace("1.2.1", name)
     assert yaml.safe_load(text) == arguments
     assert file_name(version) == f"llm_args-{name}.yaml"
 
 
-def test_a_key_that_a_version_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(KNOWN_KEYS, "1.4.0rc1", ("dtype",))
-    with pytest.raises(ValueError, match="1.4.0rc1 has no LLM argument max_batch_size"):
-        llm_args(VERSIONS["1.4.0rc1"], LIMITS)
-
-
 def test_a_short_prompt_still_gets_a_pass_of_the_usual_size() -> None:
     small = Limits(1, 1500, 3000, 1000, 48)
-    assert llm_args(VERSIONS["1.2.1"], small)["max_num_tokens"] == 8192
+    assert llm_args(small)["max_num_tokens"] == 8192
 
 
 def test_a_request_stops_at_the_closing_tag_and_keeps_it() -> None:
-    assert sampling_params(LIMITS, ("</answer>", "]</answer>")) == {
+    assert sampling_params(LIMITS, ("</answer>", "]</answer>"), (7, 9)) == {
         "max_tokens": 2048,
         "top_k": 1,
         "stop": ["</answer>", "]</answer>"],
+        "stop_token_ids": [7, 9],
         "include_stop_str_in_output": True,
     }
 

@@ -15,14 +15,11 @@ from torch import Tensor
 from helpers.exporting import write_samples
 from helpers.inputs import GRIDS, random_pages, random_prompt
 from helpers.tiny import make_hf_model, read_tensors, tiny_configs, write_checkpoint
+from helpers.trtllm_checkpoint import EngineCheckpoint
 from mmr5_export import export
 from mmr5_export.finished import FinishedEngine, open_finished
 from mmr5_export.options import ExportOptions
-from mmr5_export.trtllm.engine_checkpoint import (
-    WEIGHTS_NAME,
-    EngineCheckpoint,
-    write_engine_checkpoint,
-)
+from mmr5_export.trtllm.engine_checkpoint import WEIGHTS_NAME, write_engine_checkpoint
 from mmr5_kernels.reference import dequantize, sqnr_db
 from mmr5_runtime.model import Model, embed_prompt, prefill
 from mmr5_runtime.rope import mrope_positions

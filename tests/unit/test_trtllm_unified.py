@@ -19,8 +19,10 @@ from mmr5_export.checkpoint import open_checkpoint
 from mmr5_export.finished import open_finished
 from mmr5_export.options import OptionError
 from mmr5_export.prequantized import open_quantized
+from mmr5_export.processor import pixel_budget
 from mmr5_export.trtllm.unified import (
     EXCLUDED,
+    limited,
     linear_parts,
     planned_tensors,
     quant_config,
@@ -28,6 +30,7 @@ from mmr5_export.trtllm.unified import (
 )
 from mmr5_kernels.layout import FP8, INT4, Format
 from mmr5_runtime.artifact import TensorReader, read_manifest
+from mmr5_runtime.manifest import PixelRange
 from mmr5_runtime.spec import ModelSpec, canonical_name, decoder_linear_shapes
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "modelopt" / "unified"
@@ -191,6 +194,25 @@ def test_an_engine_without_its_source_and_with_a_quantized_head_is_refused(
     with pytest.raises(OptionError, match=r"lm_head in 16 bits.*original bf16 checkpoint\.$"):
         write_unified(open_finished(tmp_path / "engine"), tmp_path / "api")
     assert not (tmp_path / "api").exists()
+
+
+def test_the_pixel_budget_is_written_wherever_a_processor_keeps_one() -> None:
+    budget = PixelRange(3136, 37632)
+    edges = {"shortest_edge": 3136, "longest_edge": 12845056}
+    flat = {"image_mean": [0.5] * 3, "size": edges, "max_pixels": 12845056, "min_pixels": 9}
+    given = {"image_processor": flat, "processor_class": "P", "size": None}
+    kept = json.loads(json.dumps(given))
+    expected = {
+        "image_mean": [0.5] * 3,
+        "size": {"shortest_edge": 3136, "longest_edge": 37632},
+        "max_pixels": 37632,
+        "min_pixels": 3136,
+    }
+    assert limited(flat, budget) == expected
+    assert limited(given, budget) == {**given, "image_processor": expected}
+    assert pixel_budget(limited(flat, budget)) == budget
+    assert limited({"processor_class": "P"}, budget) == {"processor_class": "P"}
+    assert given == kept  # nothing is changed in place
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:

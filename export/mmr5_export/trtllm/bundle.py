@@ -1,8 +1,10 @@
 """What lies beside a file that somebody else has to build or serve: hashes and command lines.
 
 ``bundle.json`` names every other file of its folder with hash and size, what was verified of them,
-and what to run. ``build.json`` has the commands as data, ``build.sh`` the same as a script. Command
-lines are lists of words, relative to the folder, so that nothing has to be quoted to be run.
+and what to run: under ``build`` the commands that make engines, under ``serve`` by version what
+serves a checkpoint that needs no building. ``build.json`` has the former as data, ``build.sh`` the
+same as a script. Command lines are lists of words, relative to the folder, so that nothing has to
+be quoted to be run.
 """
 
 from __future__ import annotations
@@ -11,19 +13,22 @@ import importlib.metadata
 import importlib.util
 import json
 import shlex
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmr5_export.options import OptionError
 from mmr5_export.trtllm.llm_args import file_name
 from mmr5_export.trtllm.refusals import Limits
 from mmr5_export.trtllm.versions import Version
 from mmr5_runtime.artifact import file_sha256
-from mmr5_runtime.types import ExportError
 
 BUNDLE_NAME, BUILD_NAME, SCRIPT_NAME = "bundle.json", "build.json", "build.sh"
+BUILDERS = ("trtllm-build", "trtexec")  # the programs of the two steps
+ENGINES = ("llm", "vision/model.engine")  # and what they make
 _DTYPES = ("float16", "bfloat16")
 _TOKENS_PER_BLOCK = 32  # of the KV cache that is shared between prompts; the builder's default
 
@@ -58,12 +63,12 @@ def decoder_step(version: Version, limits: Limits, dtype: str) -> Step:
         "max_num_tokens": limits.max_num_tokens,
         "max_multimodal_len": limits.max_multimodal_len,
     }
-    words = ["trtllm-build", "--checkpoint_dir", "ckpt", "--output_dir", "llm"]
+    words = [BUILDERS[0], "--checkpoint_dir", "ckpt", "--output_dir", ENGINES[0]]
     words += ["--gemm_plugin", dtype, "--gpt_attention_plugin", dtype]
     for name, size in sizes.items():
         words += [f"--{name}", str(size)]
     words += ["--kv_cache_type", "paged", "--tokens_per_block", str(_TOKENS_PER_BLOCK)]
-    return Step("llm", (*words, "--use_paged_context_fmha", "enable"))
+    return Step(ENGINES[0], (*words, "--use_paged_context_fmha", "enable"))
 
 
 Shapes = Mapping[str, Mapping[str, Sequence[int]]]
@@ -72,12 +77,12 @@ Shapes = Mapping[str, Mapping[str, Sequence[int]]]
 
 def vision_step(shapes: Shapes) -> Step:
     """``trtexec`` for ``vision/model.onnx``, with one optimisation profile over ``shapes``."""
-    words = ["trtexec", "--onnx=vision/model.onnx", "--saveEngine=vision/model.engine"]
+    words = [BUILDERS[1], "--onnx=vision/model.onnx", f"--saveEngine={ENGINES[1]}"]
     words += ["--stronglyTyped", "--skipInference"]
     for option in ("min", "opt", "max"):
         listed = (f"{name}:{'x'.join(map(str, found[option]))}" for name, found in shapes.items())
         words.append(f"--{option}Shapes={','.join(listed)}")
-    return Step("vision/model.engine", tuple(words))
+    return Step(ENGINES[1], tuple(words))
 
 
 def serve_step(version: Version) -> Step:
@@ -106,11 +111,12 @@ def write_bundle(
     target: str,
     made_by: Mapping[str, str],
     verified: str,
-    steps: Sequence[Step],
+    more: Mapping[str, Any],
 ) -> None:
     """Writes ``bundle.json`` about all other files that are in ``folder`` and below it.
 
-    ``made_by`` maps tools to versions; ``verified`` says exactly what was run of the files.
+    ``made_by`` maps tools to versions; ``verified`` says exactly what was run of the files;
+    ``more`` is what else the target has to say, its command lines among it.
     """
     listed = sorted(
         path for path in folder.rglob("*") if path.is_file() and path != folder / BUNDLE_NAME
@@ -127,39 +133,70 @@ def write_bundle(
         "made_by": dict(made_by),
         "files": files,
         "verified": verified,
-        "build": [list(step.argv) for step in steps],
+        **more,
     }
     write_json(folder / BUNDLE_NAME, document)
 
 
-def run_steps(folder: Path, version: Version, steps: Sequence[Step]) -> bool:
-    """Runs a build where TensorRT-LLM is installed; False, and nothing is run, where it is not.
+def build_lines(steps: Sequence[Step]) -> dict[str, Any]:
+    """What ``bundle.json`` says of commands that make engines."""
+    return {"build": [list(step.argv) for step in steps]}
 
-    Raises :class:`ExportError` with the last line a command said when it fails, or when the
-    TensorRT-LLM that is installed is not ``version``.
+
+def builder_installed() -> bool:
+    """Whether TensorRT-LLM is here, so that an export builds the engines itself."""
+    return importlib.util.find_spec("tensorrt_llm") is not None
+
+
+def check_builder(version: Version) -> None:
+    """Raises :class:`OptionError` where TensorRT-LLM is here but could not run the build.
+
+    It is then of another version than ``version``, or a program of the build is not on the PATH.
     """
-    if importlib.util.find_spec("tensorrt_llm") is None:
-        return False
-    found = importlib.metadata.version("tensorrt_llm")
+    if not builder_installed():
+        return
+    try:
+        found = importlib.metadata.version("tensorrt_llm")
+    except importlib.metadata.PackageNotFoundError:
+        found = "of no known version"
+    elsewhere = "export where TensorRT-LLM is not installed and build elsewhere"
     if found != version.name:
-        raise ExportError(
+        raise OptionError(
             f"TensorRT-LLM {found} is installed but the build is for {version.name}; install that "
-            "one, or export where there is none and build elsewhere."
+            f"one, or {elsewhere}."
         )
+    for program in BUILDERS:
+        if shutil.which(program) is None:
+            raise OptionError(
+                f"TensorRT-LLM {found} is installed but its build needs {program}, which is not on "
+                f"the PATH; put it there, or {elsewhere}."
+            )
+
+
+def run_steps(folder: Path, steps: Sequence[Step]) -> str | None:
+    """Runs a build in ``folder``; returns why it failed, None when everything was built.
+
+    What a build that failed has made is removed: ``build.sh`` makes all of it. Nothing is raised,
+    since the files it starts from are good and hours of work lie behind them.
+    """
     for step in steps:
         try:
             done = subprocess.run(
                 step.argv, cwd=folder, capture_output=True, text=True, check=False
             )
         except OSError as error:
-            raise ExportError(f"{step.argv[0]} cannot be run ({error}); install it.") from error
-        if done.returncode:
+            reason = f"{step.argv[0]} could not be run ({error})"
+        else:
+            if done.returncode == 0:
+                continue
             said = (done.stderr or done.stdout).strip().rpartition("\n")[2]
-            raise ExportError(
-                f"{shlex.join(step.argv)} failed with status {done.returncode} ({said}); see its "
-                "output, or build elsewhere."
-            )
-    return True
+            reason = f"{step.argv[0]} failed with status {done.returncode} ({said})"
+        for name in (made.makes for made in steps):
+            shutil.rmtree(folder / name, ignore_errors=True)
+            if (folder / name).is_file():
+                (folder / name).unlink()
+        return reason
+    return None
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:

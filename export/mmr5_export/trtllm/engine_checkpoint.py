@@ -13,21 +13,19 @@ The vision tower is not part of it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from mmr5_export.finished import FinishedEngine
 from mmr5_export.finite import require_finite
 from mmr5_export.options import OptionError
 from mmr5_export.plan import Stored
-from mmr5_export.trtllm.engine_config import CONFIG_NAME, engine_config
+from mmr5_export.trtllm.compared import compared
+from mmr5_export.trtllm.engine_config import engine_config
 from mmr5_export.trtllm.modelopt_formats import (
     DTYPES,
     FP8_TENSOR,
@@ -36,17 +34,13 @@ from mmr5_export.trtllm.modelopt_formats import (
     require_supported,
 )
 from mmr5_export.trtllm.naming import TrtLinear, dense_tensors, trt_linears
-from mmr5_export.trtllm.pack import fp8_codes, fp8_scale, pack_rows, unpack_rows
+from mmr5_export.trtllm.pack import fp8_codes, fp8_scale, pack_rows
 from mmr5_export.write import TensorWriter
 from mmr5_kernels.layout import FP8_MAX, INT8_MAX, unpack_int4
 from mmr5_kernels.reference import dequantize
 from mmr5_runtime.spec import ModelSpec
 
 WEIGHTS_NAME = "rank0.safetensors"
-VERIFIED = (
-    "format verified against ModelOpt 0.47.0 (names, dtypes and shapes of tensors, config keys, "
-    "and bytes for its own codes and scales); not executed"
-)
 _HEAD = "lm_head.weight"
 
 
@@ -86,7 +80,7 @@ def write_engine_checkpoint(
         "dtype": dtype,
         "head": source.head_from,
         "activations": "one static scale per linear" if algo.static_inputs else "16 bits",
-        "verified": VERIFIED,
+        "verified": compared(algo.name, "Qwen2", "config keys but for those of mrope and Qwen2-VL"),
     }
 
 
@@ -119,6 +113,13 @@ class _Source:
 
     def check(self) -> None:
         """Raises :class:`OptionError` for scales and inputs that the checkpoint cannot have."""
+        method = self._engine.manifest.quant.method
+        if self._algo is FP8_TENSOR and method != "rtn":
+            # Smoothing would have changed norms and weights, and these weights are the original's.
+            raise OptionError(
+                f"--trt-target engine rounds fp8 anew from the original weights, which fit an "
+                f"engine made by rtn only and not by {method}; pass --method rtn."
+            )
         for linear in trt_linears(self._engine.spec):
             if self._algo.static_inputs:
                 self._check_input(linear)
@@ -129,7 +130,7 @@ class _Source:
     def _check_input(self, linear: TrtLinear) -> None:
         for name in linear.sources:
             largest = self._engine.input_absmax.get(name)
-            if largest is None or not 0 < largest < float("inf"):
+            if largest is None or not 0 <= largest < float("inf"):
                 raise OptionError(
                     f"{name} has no largest input to make a scale of (calibration says {largest}); "
                     "calibrate with samples that reach it, or use int4 or bf16."
@@ -171,7 +172,8 @@ class _Source:
         if self._algo.static_inputs:
             largest = max(self._engine.input_absmax[name] for name in sources)
             steps = FP8_MAX if self._algo is FP8_TENSOR else float(INT8_MAX)
-            yield "activation_scaling_factor", torch.tensor([largest]) / steps
+            # An input that was always zero has no range; any scale keeps it zero.
+            yield "activation_scaling_factor", torch.tensor([largest or steps]) / steps
         if self._algo.prequant:
             yield "prequant_scaling_factor", torch.ones(linear.columns, dtype=self._dtype)
         if linear.has_bias:
@@ -210,52 +212,3 @@ class _Source:
         narrow = tensor.to(self._dtype)
         require_finite(name, narrow, f"{self._dtype} cannot hold it; make the checkpoint bfloat16")
         return narrow
-
-
-@dataclass(frozen=True)
-class EngineCheckpoint:
-    """A written checkpoint read back under our names: to prove that it holds what it should."""
-
-    folder: Path
-    spec: ModelSpec
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """``config.json``."""
-        found: dict[str, Any] = json.loads((self.folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        return found
-
-    def tensor(self, name: str) -> Tensor:
-        """A tensor by its name in the file."""
-        with safe_open(self.folder / WEIGHTS_NAME, framework="pt") as reader:
-            tensor: Tensor = reader.get_tensor(name)
-        return tensor
-
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of a dense model that this one stands for, by our name; weights are fp32.
-
-        Of a quantized linear that is code * scale * factor on the inputs.
-        """
-        algo = self.config["quantization"]["quant_algo"]
-        for linear in trt_linears(self.spec):
-            weight = self.tensor(f"{linear.name}.weight")
-            if algo == W4A16_AWQ.name:
-                weight = unpack_rows(weight)
-            wide = weight.float()
-            if algo is not None:
-                scale = self.tensor(f"{linear.name}.weights_scaling_factor")
-                grid = scale if scale.ndim == 2 else scale.expand(len(wide)).unsqueeze(1)
-                wide = (wide.unflatten(1, (grid.shape[1], -1)) * grid.unsqueeze(-1)).flatten(1)
-            if algo not in (None, FP8_TENSOR.name):
-                wide = wide * self.tensor(f"{linear.name}.prequant_scaling_factor").float()
-            yield from self._split(linear, "weight", wide)
-            if linear.has_bias:
-                yield from self._split(linear, "bias", self.tensor(f"{linear.name}.bias"))
-        for theirs, (ours, _) in dense_tensors(self.spec).items():
-            yield ours, self.tensor(theirs)
-
-    @staticmethod
-    def _split(linear: TrtLinear, suffix: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        parts = tensor.split(list(linear.rows))
-        for name, part in zip(linear.sources, parts, strict=True):
-            yield f"{name}.{suffix}", part

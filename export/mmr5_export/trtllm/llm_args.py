@@ -1,9 +1,10 @@
 """The arguments of TensorRT-LLM's LLM API for one engine, as YAML files it reads itself.
 
 ``trtllm-serve FOLDER OPTION llm_args-VERSION.yaml`` takes such a file, OPTION being what the
-version calls it; so does ``LLM(model=FOLDER, **yaml)``. All versions refuse a key they do not know,
-so each file holds only keys read in the sources of its version. What belongs to a request instead,
-such as the text at which to stop, is in ``sampling_params.json``: keyword arguments of
+version calls it; so does ``LLM(model=FOLDER, **yaml)``. All versions refuse a key they do not know;
+the keys written here are few, old, and were found in the sources of all three, at commits near the
+releases. What belongs to a request instead, such as the text at which to stop, is in
+``sampling_params.json``, for those who ask without our ``Reranker``: keyword arguments of
 ``SamplingParams``, whose names are the same in all of them.
 """
 
@@ -19,13 +20,6 @@ from mmr5_export.trtllm.versions import Version
 
 SAMPLING_NAME = "sampling_params.json"
 
-# Top-level keys, read in llm_args.py of a commit near each release.
-_BASE_KEYS = (
-    "dtype", "max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens",
-    "enable_chunked_prefill", "kv_cache_config",
-)  # fmt: skip
-KNOWN_KEYS = {"1.2.1": _BASE_KEYS, "1.3.0rc22": _BASE_KEYS, "1.4.0rc1": _BASE_KEYS}
-
 _BARE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _INDENT = "  "
 
@@ -35,13 +29,13 @@ def file_name(version: Version) -> str:
     return f"llm_args-{version.name}.yaml"
 
 
-def llm_args(version: Version, limits: Limits) -> dict[str, Any]:
-    """The arguments for ``version``; raises ``ValueError`` for a key that it does not know.
+def llm_args(limits: Limits) -> dict[str, Any]:
+    """The arguments, which are the same for every version that is known.
 
     Blocks of keys and values are reused: the versions written for hash the content of a picture
     into the key of its blocks. Prompts are not cut into pieces, so a pass holds a whole one.
     """
-    found = {
+    return {
         "dtype": "bfloat16",
         "max_batch_size": limits.max_batch_size,
         "max_input_len": limits.max_input_len,
@@ -50,21 +44,19 @@ def llm_args(version: Version, limits: Limits) -> dict[str, Any]:
         "enable_chunked_prefill": False,
         "kv_cache_config": {"enable_block_reuse": True, "enable_partial_reuse": True},
     }
-    if unknown := [key for key in found if key not in KNOWN_KEYS[version.name]]:
-        raise ValueError(f"TensorRT-LLM {version.name} has no LLM argument {unknown[0]}.")
-    return found
 
 
-def sampling_params(limits: Limits, stop: Sequence[str]) -> dict[str, Any]:
+def sampling_params(limits: Limits, stop: Sequence[str], end_ids: Sequence[int]) -> dict[str, Any]:
     """Keyword arguments of ``SamplingParams`` for a ranking: greedy, up to the closing tag.
 
     ``stop`` are the texts that the tokenizer's ways of writing the tag are tokenized from: see
-    :mod:`mmr5_runtime.trtllm.stops`.
+    :mod:`mmr5_runtime.trtllm.stops`. ``end_ids`` are all tokens that end an answer.
     """
     return {
         "max_tokens": limits.max_seq_len - limits.max_input_len,
         "top_k": 1,
         "stop": list(stop),
+        "stop_token_ids": list(end_ids),
         "include_stop_str_in_output": True,
     }
 

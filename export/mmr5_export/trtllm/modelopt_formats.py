@@ -1,5 +1,7 @@
 """Which of our storage formats becomes which quantization of a TensorRT-LLM checkpoint.
 
+For target ``engine``; target ``llm-api`` has int4 and fp8 (:mod:`mmr5_export.trtllm.unified`):
+
 ========================== =================== ==================================================
 ours, all decoder linears  ``quant_algo``      what lies beside ``weight`` and, for qkv, ``bias``
 ========================== =================== ==================================================
@@ -32,9 +34,10 @@ import torch
 
 from mmr5_export.options import OptionError
 from mmr5_export.trtllm.naming import TrtLinear, trt_linears
-from mmr5_kernels.layout import FP8, INT4, INT8, Format
+from mmr5_kernels.layout import FP8, GROUP_SIZE, INT8, Format
 from mmr5_runtime.spec import ModelSpec, decoder_linear_shapes
 
+_ENGINE, _API = "engine", "llm-api"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 # ModelOpt fills the vocabulary of an int4 model up to a multiple of this, with rows of zeros.
 _VOCABULARY_MULTIPLE = 64
@@ -87,17 +90,11 @@ class QuantAlgo:
 
 
 NONE = QuantAlgo(None)
-W4A16_AWQ = QuantAlgo("W4A16_AWQ", torch.int8, group_size=128, per_row=True, prequant=True)
+W4A16_AWQ = QuantAlgo("W4A16_AWQ", torch.int8, group_size=GROUP_SIZE, per_row=True, prequant=True)
 W8A8_SQ = QuantAlgo(
     "W8A8_SQ_PER_CHANNEL", torch.int8, per_row=True, prequant=True, static_inputs=True
 )
 FP8_TENSOR = QuantAlgo("FP8", torch.float8_e4m3fn, static_inputs=True)
-
-
-def needs_input_absmax(formats: Mapping[str, Format]) -> bool:
-    """Whether a decoder in ``formats`` needs the largest inputs that calibration records."""
-    decoder = [format for name, format in formats.items() if name.startswith("model.layers.")]
-    return any(format.activations is not None for format in decoder)
 
 
 def require_supported(
@@ -117,23 +114,29 @@ def require_supported(
     checkpoint, or of which nobody checked that it can.
     """
     if dtype not in DTYPES:
-        raise _refused(f"the dtype {dtype!r} is unknown to it", f"pass {' or '.join(DTYPES)}")
+        raise _refused(
+            _ENGINE, f"the dtype {dtype!r} is unknown to it", f"pass {' or '.join(DTYPES)}"
+        )
     if spec.text.tie_word_embeddings:
         raise _refused(
+            _ENGINE,
             "this model uses one table as embedding and head, and only models with two were "
             "checked",
             "use --trt-target llm-api or onnx",
         )
-    algo = _algo(_only_format(spec, formats))
+    algo = _algo(_only_format(spec, formats, _ENGINE))
     if algo.group_size:
-        _check_int4_shapes(spec, algo.group_size)
+        _check_int4_shapes({each.name: each.shape for each in trt_linears(spec)}, _ENGINE)
+        _check_vocabulary(spec)
     if algo.static_inputs and not calibrated:
         raise _refused(
+            _ENGINE,
             f"{algo.name} needs the largest input of every linear, and nothing was calibrated",
             "pass --calib-data, or use int4 or bf16",
         )
     if algo is FP8_TENSOR and not original:
         raise _refused(
+            _ENGINE,
             "FP8 has one scale per weight, which can only be found in the unquantized checkpoint, "
             "and this one came quantized",
             "export from the original checkpoint",
@@ -141,61 +144,94 @@ def require_supported(
     return algo
 
 
-def _only_format(spec: ModelSpec, formats: Mapping[str, Format]) -> Format | None:
-    """The format of all decoder linears."""
-    for linear in trt_linears(spec):
-        kinds = {name: formats.get(name) for name in linear.sources}
-        if len(set(kinds.values())) > 1:
-            named = ", ".join(f"{name} {_name(format)}" for name, format in kinds.items())
-            raise _refused(
-                f"it makes one linear of {named}, which differ in format",
-                "give all of them one format",
-            )
-    found = {formats.get(name): name for name in decoder_linear_shapes(spec)}
-    if len(found) > 1:
-        named = " and ".join(sorted(_name(format) for format in found))
+def refuse_for_api(spec: ModelSpec, formats: Mapping[str, Format]) -> Format:
+    """The one format of all decoder linears of an engine that the LLM API can have.
+
+    Raises :class:`OptionError` for linears that are dense, stored in several ways, with zero
+    points, in groups of another size than 128, of a shape that pairs of rows do not fit, or that
+    its PyTorch backend has no kernel for.
+    """
+    format = _only_format(spec, formats, _API)
+    if format is None:
         raise _refused(
-            f"the decoder holds {named}, and only decoders in one format were checked",
-            "use --quant int4, int8, fp8 or bf16 without rules for single layers",
+            _API,
+            "it is for quantized weights, and bf16 is what TensorRT-LLM reads from the checkpoint "
+            "itself",
+            "pass --quant int4 or fp8, or leave the target out",
         )
-    return next(iter(found))
+    if format.weights == "int8":
+        raise _refused(
+            _API,
+            f"the PyTorch backend has no kernel for {format.name}",
+            "pass --quant int4 or fp8, or --trt-target engine",
+        )
+    if format.weights == "int4":
+        _check_int4(format, _API)
+        _check_int4_shapes(decoder_linear_shapes(spec), _API)
+    return format
+
+
+def _only_format(spec: ModelSpec, formats: Mapping[str, Format], target: str) -> Format | None:
+    """The format of all decoder linears."""
+    kinds: dict[Format | None, str] = {}
+    for name in decoder_linear_shapes(spec):
+        kinds.setdefault(formats.get(name), name)
+    if len(kinds) > 1:
+        named = " and ".join(f"{_name(kind)} ({name})" for kind, name in kinds.items())
+        raise _refused(
+            target,
+            f"all linears of the decoder have to be stored alike, and they are {named}",
+            "pass --quant int4 or fp8 without rules for single layers",
+        )
+    return next(iter(kinds))
 
 
 def _algo(format: Format | None) -> QuantAlgo:
     if format is None:
         return NONE
     if format.weights == "int4":
-        if not format.symmetric:
-            raise _refused(
-                "W4A16_AWQ has no zero points, and this int4 is asymmetric",
-                "export with symmetric = true",
-            )
-        if format.group_size != INT4.group_size:
-            raise _refused(
-                f"only groups of {INT4.group_size} columns were checked, and this int4 has groups "
-                f"of {format.group_size}",
-                f"export with --group-size {INT4.group_size}",
-            )
+        _check_int4(format, _ENGINE)
         return W4A16_AWQ
     if format.activations is None:
         raise _refused(
+            _ENGINE,
             "weight-only int8 was not compared with what ModelOpt writes",
             "use --quant int8, int4 or bf16",
         )
     return {INT8.weights: W8A8_SQ, FP8.weights: FP8_TENSOR}[format.weights]
 
 
-def _check_int4_shapes(spec: ModelSpec, group_size: int) -> None:
-    for linear in trt_linears(spec):
-        rows, columns = linear.shape
-        if columns % group_size or rows % 2:
+def _check_int4(format: Format, target: str) -> None:
+    if not format.symmetric:
+        raise _refused(
+            target,
+            "W4A16_AWQ has no zero points, and this int4 is asymmetric",
+            "leave --asym out, or export from the original bf16 checkpoint",
+        )
+    if format.group_size != GROUP_SIZE:
+        raise _refused(
+            target,
+            f"only groups of {GROUP_SIZE} columns were checked, and this int4 has groups of "
+            f"{format.group_size}",
+            f"pass --group-size {GROUP_SIZE}",
+        )
+
+
+def _check_int4_shapes(shapes: Mapping[str, tuple[int, int]], target: str) -> None:
+    for name, (rows, columns) in shapes.items():
+        if columns % GROUP_SIZE or rows % 2:
             raise _refused(
-                f"{linear.name} is {rows} x {columns}, which groups of {group_size} columns and "
-                "pairs of rows do not fit",
-                "use --quant int8, fp8 or bf16",
+                target,
+                f"{name} is {rows} x {columns}, which groups of {GROUP_SIZE} columns and pairs of "
+                "rows do not fit",
+                "use --quant fp8",
             )
+
+
+def _check_vocabulary(spec: ModelSpec) -> None:
     if spec.text.vocab_size % _VOCABULARY_MULTIPLE:
         raise _refused(
+            _ENGINE,
             f"W4A16_AWQ wants a vocabulary in multiples of {_VOCABULARY_MULTIPLE}, and tokens "
             f"added to the {spec.text.vocab_size} of this model could be chosen",
             "use --quant int8, fp8 or bf16",
@@ -206,5 +242,5 @@ def _name(format: Format | None) -> str:
     return "bf16" if format is None else format.name
 
 
-def _refused(reason: str, remedy: str) -> OptionError:
-    return OptionError(f"--trt-target engine cannot take this: {reason}; {remedy}.")
+def _refused(target: str, reason: str, remedy: str) -> OptionError:
+    return OptionError(f"--trt-target {target} cannot take this: {reason}; {remedy}.")

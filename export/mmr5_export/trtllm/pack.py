@@ -35,20 +35,6 @@ def pack_rows(codes: Tensor) -> Tensor:
     return ((bits[0::2] & 0x0F) | (bits[1::2] << 4)).view(torch.int8)
 
 
-def unpack_rows(packed: Tensor) -> Tensor:
-    """The inverse of :func:`pack_rows`: bytes [N/2, K] int8 -> codes [N, K] int8.
-
-    Raises ``ValueError`` for a tensor of another dtype or rank.
-    """
-    if packed.dtype != torch.int8 or packed.dim() != 2:
-        raise ValueError(
-            f"packed rows must be int8 [N/2, K], not {packed.dtype} {list(packed.shape)}."
-        )
-    # Shifting a signed byte right keeps its sign, so each half becomes a number of its own.
-    halves = torch.stack(((packed << 4) >> 4, packed >> 4), dim=1)
-    return halves.flatten(0, 1)
-
-
 def fp8_scale(weights: Sequence[Tensor]) -> Tensor:
     """One scale for all of ``weights`` [N_i, K] (any float dtype): [1] fp32, largest / 448.
 

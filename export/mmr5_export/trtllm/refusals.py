@@ -1,21 +1,22 @@
-"""What TensorRT cannot be written for, and the sizes it reserves memory for. Nothing is written.
+"""Sizes and versions that TensorRT can and cannot be written for. Nothing is written.
 
-Everything here is known before an export starts: the architecture, the storage of the decoder's
-linears, the pages' pixel budget and the options. So is every refusal.
+Everything here is known before an export starts: the architecture, the pages' pixel budget and the
+options. So is every refusal. Those for the storage of the decoder's linears are in
+:mod:`mmr5_export.trtllm.modelopt_formats`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from mmr5_export.largest_page import largest_page_tokens
 from mmr5_export.options import ExportOptions, OptionError
 from mmr5_export.trtllm.versions import ENGINE_VERSION, VERSIONS, Version, known_version
-from mmr5_kernels.layout import GROUP_SIZE, Format
+from mmr5_kernels.layout import Format
 from mmr5_runtime.lists.plans import DEFAULT_WINDOW
 from mmr5_runtime.manifest import PixelRange
-from mmr5_runtime.spec import ModelSpec, decoder_linear_shapes
+from mmr5_runtime.spec import ModelSpec
 
 TEXT_TOKENS = 512  # of a prompt beside its pages: the instructions take about 220, and a question
 LEAST_PAGES = 2  # of a list
@@ -58,16 +59,16 @@ def resolve_limits(spec: ModelSpec, budget: PixelRange, options: ExportOptions) 
     if longest < least:
         given = options.max_input_len is not None
         what = f"--max-input-len {longest}" if given else f"a prompt of {longest} tokens"
+        remedies = _longer(least, answer, context, options)
         raise OptionError(
             f"{what} does not hold {LEAST_PAGES} pages of up to {page} tokens and a question; "
-            + (f"pass {least} or more, or " if given else "")
-            + "lower --max-pixels."
+            f"{', or '.join((*remedies, 'lower --max-pixels'))}."
         )
     seq = options.max_seq_len if options.max_seq_len is not None else longest + answer
     if seq <= longest:
         raise OptionError(
             f"--max-seq-len {seq} leaves no room for an answer to a prompt of {longest} tokens; "
-            f"pass {longest + answer}, or a smaller --max-input-len."
+            f"pass {min(longest + answer, context)}, or a smaller --max-input-len."
         )
     if seq > context:
         raise OptionError(
@@ -75,7 +76,10 @@ def resolve_limits(spec: ModelSpec, budget: PixelRange, options: ExportOptions) 
             f"--max-seq-len {context} or less, and a --max-input-len below it."
         )
     batch = options.max_batch_size or 1
-    pages = batch * min(DEFAULT_WINDOW * page, longest - TEXT_TOKENS)
+    usual = DEFAULT_WINDOW * page
+    pages = batch * min(usual, longest - TEXT_TOKENS)
+    # A prompt of a length that was asked for can be all pages but for a few words.
+    default = batch * (longest if options.max_input_len is not None else min(usual, longest))
     multimodal = options.max_multimodal_len
     if multimodal is not None and multimodal < pages:
         raise OptionError(
@@ -83,7 +87,20 @@ def resolve_limits(spec: ModelSpec, budget: PixelRange, options: ExportOptions) 
             f"of up to {longest} tokens hold {pages} tokens of pages; pass {pages}, or lower "
             "--max-pixels, --max-input-len or --max-batch-size."
         )
-    return Limits(batch, longest, seq, multimodal or pages, page)
+    return Limits(batch, longest, seq, multimodal or default, page)
+
+
+def _longer(least: int, answer: int, context: int, options: ExportOptions) -> Iterator[str]:
+    """What to pass for a prompt of ``least`` tokens, as far as the context goes."""
+    if options.max_input_len is not None:
+        if least < context:
+            yield f"pass --max-input-len {least} or more"
+        return
+    if options.max_seq_len is not None and least + answer <= context:
+        yield f"pass --max-seq-len {least + answer} or more"
+    room = min(options.max_seq_len or context, context) - least
+    if room > 0:
+        yield f"pass --max-new-tokens {room} or less"
 
 
 def engine_version(options: ExportOptions) -> Version:
@@ -102,45 +119,6 @@ def api_versions(options: ExportOptions) -> tuple[Version, ...]:
     if options.trt_version is not None:
         return (known_version(options.trt_version),)
     return tuple(VERSIONS.values())
-
-
-def refuse_for_api(spec: ModelSpec, formats: Mapping[str, Format]) -> Format:
-    """The one format of all decoder linears of an engine that the LLM API can have.
-
-    Raises :class:`OptionError` for linears that are dense, stored in several ways, with zero
-    points, in groups of another size than 128, or that its PyTorch backend has no kernel for.
-    """
-    found = {formats.get(name) for name in decoder_linear_shapes(spec)}
-    where = "--trt-target llm-api"
-    if found == {None}:
-        raise OptionError(
-            f"{where} is for quantized weights but this engine is bf16, which TensorRT-LLM reads "
-            "from the checkpoint itself; pass --quant int4 or fp8, or leave the target out."
-        )
-    if len(found) > 1:
-        kinds = " and ".join(sorted("bf16" if kind is None else kind.name for kind in found))
-        raise OptionError(
-            f"{where} needs all linears of the decoder stored alike but they are {kinds}; pass "
-            "--quant int4 or fp8 without rules of its own."
-        )
-    (format,) = found
-    assert format is not None
-    if format.weights == "int4" and not format.symmetric:
-        raise OptionError(
-            f"{where} takes int4 without zero points only, and the weights are asymmetric; leave "
-            "--asym out, or export from the original bf16 checkpoint."
-        )
-    if format.weights == "int4" and format.group_size != GROUP_SIZE:
-        raise OptionError(
-            f"{where} takes int4 in groups of {GROUP_SIZE} columns and not of {format.group_size}; "
-            f"pass --group-size {GROUP_SIZE}."
-        )
-    if format.weights == "int8":
-        raise OptionError(
-            f"{where} has no kernel for {format.name} in the PyTorch backend; pass --quant int4 or "
-            "fp8, or --trt-target engine."
-        )
-    return format
 
 
 def refuse_lost(formats: Mapping[str, Format], original: bool, target: str) -> None:

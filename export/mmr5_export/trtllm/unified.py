@@ -37,10 +37,12 @@ from mmr5_export.checkpoint import read_json
 from mmr5_export.finished import FinishedEngine
 from mmr5_export.plan import MAX_FILE_BYTES, Stored
 from mmr5_export.trtllm.bundle import write_json
+from mmr5_export.trtllm.modelopt_formats import refuse_for_api
 from mmr5_export.trtllm.pack import pack_rows
-from mmr5_export.trtllm.refusals import refuse_for_api, refuse_lost
+from mmr5_export.trtllm.refusals import refuse_lost
 from mmr5_export.write import TensorWriter
 from mmr5_kernels.layout import GROUP_SIZE, Format, unpack_int4
+from mmr5_runtime.manifest import PixelRange
 from mmr5_runtime.spec import ModelSpec, decoder_linear_shapes, tensor_shapes
 
 QUANT_CONFIG_NAME = "hf_quant_config.json"
@@ -53,22 +55,21 @@ _COPIED = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
     "chat_template.json",
     "chat_template.jinja",
 )
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 def write_unified(
     engine: FinishedEngine, folder: Path, max_file_bytes: int = MAX_FILE_BYTES
-) -> None:
+) -> str:
     """Writes the checkpoint into ``folder``, which is made; one linear is in memory at a time.
 
-    Raises :class:`OptionError` for an engine that TensorRT-LLM cannot read in this form (see
-    :mod:`mmr5_export.trtllm.refusals`).
+    Returns ModelOpt's name of the quantization. Raises :class:`OptionError` for an engine that
+    TensorRT-LLM cannot read in this form (see :func:`refuse_for_api`).
     """
     spec = engine.spec
     format = refuse_for_api(spec, engine.formats)
@@ -77,6 +78,10 @@ def write_unified(
     for name in _COPIED:
         if (engine.folder / name).is_file():
             shutil.copyfile(engine.folder / name, folder / name)
+    for name in _PROCESSORS:
+        if (engine.folder / name).is_file():
+            processor = read_json(engine.folder / name)
+            write_json(folder / name, limited(processor, engine.manifest.pixel_budget))
     quantization = quant_config(format)
     write_json(folder / QUANT_CONFIG_NAME, quantization)
     config = read_json(engine.folder / "config.json")
@@ -88,6 +93,26 @@ def write_unified(
         for name, tensor in _tensors(engine, format):
             writer.write(name, tensor)
         writer.finish()
+    return _ALGORITHMS[format.weights]
+
+
+def limited(config: Mapping[str, Any], budget: PixelRange) -> dict[str, Any]:
+    """A processor's config, and the block of one that is nested in it, with this pixel budget.
+
+    The checkpoint's own may let through larger pages than what memory is reserved for.
+    ``config`` is that of either file that :func:`mmr5_export.processor.read_processor` reads.
+    """
+    made = dict(config)
+    nested = made.get("image_processor")
+    if isinstance(nested, dict):
+        made["image_processor"] = limited(nested, budget)
+        return made
+    if isinstance(made.get("size"), dict):
+        edges = {"shortest_edge": budget.min_pixels, "longest_edge": budget.max_pixels}
+        made["size"] = {**made["size"], **edges}
+    if any(key in made for key in ("image_mean", "min_pixels", "max_pixels")):
+        made |= {"min_pixels": budget.min_pixels, "max_pixels": budget.max_pixels}
+    return made
 
 
 def quant_config(format: Format) -> dict[str, Any]:

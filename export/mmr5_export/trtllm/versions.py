@@ -1,7 +1,8 @@
 """The TensorRT-LLM versions that files are written for, and where they differ. Data only.
 
-Every field was read in the sources and in the package metadata of the version named; none of the
-three was installed or run here, since its wheel is served by NVIDIA's own package index only.
+Requirements were read in the package metadata of the version named, the rest in the project's
+sources at commits near the releases. None of the three was installed or run here: their wheels are
+served by NVIDIA's own package index only.
 """
 
 from __future__ import annotations
