@@ -89,14 +89,14 @@ def rounds_activations(formats: Mapping[str, Format]) -> bool:
 
 
 def step_bytes(spec: ModelSpec, formats: Mapping[str, Format]) -> int:
-    """Bytes as stored of the weights that a decode step reads, dense ones as fp32."""
+    """Bytes of the weights that a decode step reads: codes as stored, what is dense as fp32."""
     linears = [*decoder_linear_shapes(spec), "lm_head"]
     total = 0
     for name, (shape, dtype) in stored_tensors(spec, formats).items():
         linear = name.rpartition(".")[0]
-        if linear in linears and not name.endswith((".bias", ".weight_shape")):
-            size = dtype.itemsize if linear in formats else torch.float32.itemsize
-            total += size * math.prod(shape)
+        if linear in linears and not name.endswith(".weight_shape"):
+            stored = linear in formats and not name.endswith(".bias")
+            total += (dtype.itemsize if stored else torch.float32.itemsize) * math.prod(shape)
     if spec.text.tie_word_embeddings and "lm_head" not in formats:
         total += torch.float32.itemsize * spec.text.vocab_size * spec.text.hidden_size
     return total

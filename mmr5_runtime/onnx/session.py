@@ -15,7 +15,6 @@ from torch import Tensor
 
 from mmr5_runtime.types import EngineError
 
-PACKAGE = "onnxruntime"
 LEAST_VERSION = (1, 31)  # the first that the graphs were run with
 _NATIVE = "or load the engine with backend='native'"
 _NUMPY = {torch.float32: np.float32, torch.int32: np.int32, torch.int64: np.int64}

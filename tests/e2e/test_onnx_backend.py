@@ -299,6 +299,7 @@ def test_weights_that_a_step_reads(engine: EngineFactory) -> None:
     dense = step_bytes(bf16.spec, bf16.formats)
     text = bf16.spec.text
     layer = text.hidden_size * (2 * text.q_size + 2 * text.kv_size + 3 * text.intermediate_size)
+    layer += text.q_size + 2 * text.kv_size  # biases
     assert dense == 4 * (text.num_layers * layer + text.vocab_size * text.hidden_size)
     assert 0 < step_bytes(int4.spec, int4.formats) < dense / 5
 

@@ -114,8 +114,7 @@ def test_info_says_what_was_loaded(
     assert info.token_kv_bytes == 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 4
     # Every weight matrix of the layers and the head, and nothing of the table of embeddings.
     width, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    biases = width + 2 * kv if backend == "native" else 0  # ONNX Runtime's count leaves them out
-    attention = spec.hidden_size * (width + 2 * kv) + biases + width * spec.hidden_size
+    attention = (spec.hidden_size + 1) * (width + 2 * kv) + width * spec.hidden_size
     layer = attention + 3 * spec.hidden_size * spec.intermediate_size
     assert info.step_bytes == 4 * (spec.num_layers * layer + spec.vocab_size * spec.hidden_size)
     with open_reranker(tiny_engine("int4"), backend) as packed:
