@@ -159,8 +159,8 @@ class RerankResult:
     input order); of several prompts the worst.
 
     ``timings_ms`` has the wall time by stage and ``total``; ``first_token_ms`` is the time from the
-    request to the first token of its answer, None when the model wrote none, or wrote it all at once
-    as TensorRT-LLM does.
+    request to the first token of its answer, None when the model wrote none, or all at once, as
+    TensorRT-LLM does.
 
     ``exactness`` is the weakest guarantee of anything that took effect, against decoding the same
     request to its end without any reuse: ``bit_identical`` (same bits), ``permutation_identical``
