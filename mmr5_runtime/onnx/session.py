@@ -71,7 +71,7 @@ def open_session(path: Path) -> Any:
 
 @cache
 def shared_threads() -> int | None:
-    """Threads of the pool that the sessions of this process share; None where there is none.
+    """Threads of the pool that all graphs of the process share; None where there is none.
 
     A pool of its own for each of three graphs would have the threads of two spin on the cores that
     the third computes on: a step of two graphs took twice the time of both (docs/LOG.md). There can
@@ -90,8 +90,8 @@ def run(
 ) -> None:
     """Runs a graph from and to the memory of CPU tensors; ``outputs`` are overwritten.
 
-    ``binding`` is one of the session that binds everything else, and keeps this call's bindings
-    until the next. Raises ``MemoryError`` and :class:`EngineError` like :func:`open_session`.
+    ``binding`` binds everything else, and keeps what was bound here until the next call. Raises
+    ``MemoryError`` and :class:`EngineError` like :func:`open_session`.
     """
     binding = binding or session.io_binding()
     # Held here while it runs: the binding knows addresses only.
