@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +51,13 @@ def open_session(path: Path) -> Any:
     Raises :class:`EngineError` for a graph that does not load, ``MemoryError`` for one that does
     not fit.
     """
-    ort, threads = runtime(), torch.get_num_threads()
+    ort = runtime()
     options = ort.SessionOptions()
-    if threads == shared_threads():
-        options.use_per_session_threads = False
-    else:
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+    # Every graph has threads of its own. Those of one would spin on after its run, on the cores
+    # that the next graph computes on: a step of two graphs took twice the time of both. (One pool
+    # for the process is no way out: other users of onnxruntime in it could then open nothing.)
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3  # errors
     # Sizes differ from call to call, and remembered plans of memory would only pile up.
     options.enable_mem_pattern = False
@@ -67,22 +67,6 @@ def open_session(path: Path) -> Any:
     remedy = f"export the engine again, {_NATIVE}"
     with _errors(f"{path} cannot be loaded by onnxruntime {ort.__version__}", remedy):
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-@cache
-def shared_threads() -> int | None:
-    """Threads of the pool that all graphs of the process share; None where there is none.
-
-    A pool of its own for each of three graphs would have the threads of two spin on the cores that
-    the third computes on: a step of two graphs took twice the time of both (docs/LOG.md). There can
-    be one shared pool in a process, and it keeps its size.
-    """
-    threads, ort = torch.get_num_threads(), runtime()
-    try:
-        ort.set_global_thread_pool_sizes(threads, 1)
-    except ort.capi.onnxruntime_pybind11_state.Fail:  # somebody made it; how large is not said
-        return None
-    return threads
 
 
 def run(

@@ -33,7 +33,7 @@ from mmr5_runtime.cursor import Cursor
 from mmr5_runtime.kvcache import KVArena
 from mmr5_runtime.loading import LoadedEngine, load_engine
 from mmr5_runtime.model import Model, prefill, read_together
-from mmr5_runtime.onnx.files import DECODER, GRAPHS
+from mmr5_runtime.onnx.files import DECODER, GRAPHS, HEAD
 from mmr5_runtime.onnx.loading import open_onnx, step_bytes
 from mmr5_runtime.onnx.windows import window_inputs
 from mmr5_runtime.types import ContextOverflowError
@@ -321,3 +321,27 @@ def test_benchmarks_say_which_engine_they_measure() -> None:
     assert len(calls) > 4
     for name, call in calls:
         assert "backend" in [keyword.arg for keyword in call.keywords], name
+
+
+def test_others_in_the_process_can_still_open_sessions(engine: EngineFactory) -> None:
+    """A retriever in the same service, with options of its own, before and after ours."""
+    import onnxruntime
+
+    load(engine("int4"), backend="onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    theirs = onnxruntime.InferenceSession(str(engine("int4") / HEAD), options)
+    assert [given.name for given in theirs.get_inputs()] == ["hidden"]
+
+
+def test_threads_may_change_between_two_loads(engine: EngineFactory) -> None:
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 1):
+            torch.set_num_threads(threads)
+            loaded = load(engine("int4"), backend="onnxruntime")
+            arena = loaded.engine.model.new_arena(4)
+            logits = loaded.engine.step(torch.tensor([[5]]), torch.tensor([[0]]), [arena])
+            assert bool(torch.isfinite(logits).all())
+    finally:
+        torch.set_num_threads(before)

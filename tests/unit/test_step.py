@@ -124,9 +124,8 @@ def test_weights_go_with_the_engine(quant: str) -> None:
     """Not with the next collection of cycles: they are most of the memory."""
     engine = Pair(ONE_LAYER, quant, linears=False).fused
     step(engine, torch.tensor([[1]]), [read(engine, 5)])  # something is recorded
-    decoder = native_model(engine.model).decoder
-    tensors = [decoder.embed_tokens]
-    for module in decoder.modules():
+    tensors = [native_model(engine.model).decoder.embed_tokens]
+    for module in native_model(engine.model).decoder.modules():
         prepared = getattr(module, "prepared", None)
         if prepared is not None:
             tensors += [part for parts in prepared.operands.values() for part in parts.values()]
