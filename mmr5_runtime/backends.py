@@ -41,7 +41,7 @@ def choose_backend(
     if (reason := obstacle()) is None:
         return ONNXRUNTIME
     warnings.warn(
-        f"{folder} has graphs for ONNX Runtime, in which it would be faster on a CPU, but "
+        f"{folder} has graphs for ONNX Runtime, measured to be faster on a CPU with AVX2, but "
         f"{reason}, or pass backend='native'.",
         RuntimeWarning,
         stacklevel=4,  # whoever calls Reranker.load
