@@ -1,8 +1,9 @@
-"""What one export costs: wall time by stage, and the peak of main memory and of GPU memory.
+"""What one export costs: wall time and peak of main memory by stage, and the peak of GPU memory.
 
-    python -m mmr5_bench.export_cost CHECKPOINT WORK -o cost.json --quant int4 --calib-data FOLDER
+    python -m mmr5_bench.export_cost cost.json --model CHECKPOINT --output WORK/engine --quant int4
 
-The export runs in this process, so that the peaks are its own, and the engine it makes is removed.
+What follows the file to write are arguments of ``mmr5-export``. The export runs in this process, so
+that the peaks are its own. The folder it makes is removed; ``--keep`` before the file keeps it.
 """
 
 from __future__ import annotations
@@ -11,65 +12,87 @@ import argparse
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mmr5_bench.files import write_json
 from mmr5_bench.provenance import provenance
 from mmr5_export import export
+from mmr5_export.cli import parser as export_parser
 from mmr5_export.options import ExportOptions
 from mmr5_export.pipeline import plan_export
 
 
-class StageClock:
-    """Seconds by stage; a stage lasts from its first report to the first one of the next."""
+class StageCosts:
+    """Seconds and peak resident bytes by stage, as the ``progress`` of an export.
+
+    A stage lasts from its first report to the first one of the next. Peaks are Linux's own
+    high-water mark (proc(5): ``VmHWM``), which is set back between stages; none elsewhere.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}
+        _reset_peak()
         self._stage, self._since = "prepare", time.perf_counter()
 
     def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
-        now = time.perf_counter()
+        now, peak = time.perf_counter(), _peak_resident()
         self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + now - self._since
+        if peak is not None:
+            self.peaks[self._stage] = max(self.peaks.get(self._stage, 0), peak)
+            _reset_peak()
         # What follows the last report of a stage belongs to the one that will report next.
         self._stage, self._since = stage if done < total else f"after {stage}", now
 
-    def finish(self) -> dict[str, float]:
-        """Seconds of all stages, the running one included."""
+    def finish(self) -> dict[str, Any]:
+        """``stage_seconds``, ``stage_peak_resident_bytes`` and the highest of those peaks."""
         self("end", 0, 1)
-        return {stage: round(seconds, 2) for stage, seconds in self.seconds.items()}
+        return {
+            "stage_seconds": {stage: round(spent, 2) for stage, spent in self.seconds.items()},
+            "stage_peak_resident_bytes": dict(self.peaks),
+            "peak_resident_bytes": max(self.peaks.values(), default=None),
+        }
 
 
 def measure_export(
-    checkpoint: Path, quant: str, work: Path, options: ExportOptions
+    checkpoint: str | Path,
+    quant: str | None,
+    output: Path,
+    options: ExportOptions,
+    keep: bool = False,
 ) -> dict[str, Any]:
-    """Exports ``checkpoint`` into ``work`` and removes the engine; seconds and bytes.
+    """Exports ``checkpoint`` into ``output``, which is removed unless ``keep``; seconds and bytes.
 
     The estimate is what ``mmr5-export --dry-run`` says, to be held against what was measured.
+    Raises what :func:`mmr5_export.export` raises.
     """
-    output = work / "engine"
     _, required = plan_export(checkpoint, quant, output, options)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    clock, started = StageClock(), time.perf_counter()
-    manifest = export(checkpoint, quant, output, options, progress=clock)
+    costs, started = StageCosts(), time.perf_counter()
+    manifest = export(checkpoint, quant, output, options, progress=costs)
     seconds = time.perf_counter() - started
-    shutil.rmtree(output)
+    if not keep:
+        shutil.rmtree(output)
     calibration = manifest.quant.calibration or {}
     return {
         "kind": "export-cost",
         "provenance": provenance() | {"gpu": _gpu(), "threads": str(torch.get_num_threads())},
         "source": manifest.source.name,
         "layers": manifest.spec.text.num_layers,
+        "blocks": manifest.spec.vision.depth,
         "quant": manifest.quant.name,
         "method": manifest.quant.method,
         "options": options.arguments(),
         "tokens": calibration.get("tokens"),
         "engine_bytes": manifest.num_bytes,
+        "verified": {name: backend.verified for name, backend in manifest.backends.items()},
         "seconds": round(seconds, 1),
-        "stage_seconds": clock.finish(),
-        "peak_resident_bytes": _peak_resident(),
+        **costs.finish(),
         "peak_gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         "estimated_memory_bytes": dict(required.needs.memory),
         "estimated_seconds": round(required.needs.seconds, 1),
@@ -77,7 +100,7 @@ def measure_export(
 
 
 def _peak_resident() -> int | None:
-    """Linux's high-water mark of this process; None elsewhere."""
+    """Most resident memory of this process since it was set back, bytes; None where not told."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -85,34 +108,40 @@ def _peak_resident() -> int | None:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
 
 
+def _reset_peak() -> None:
+    """Sets the high-water mark back to what is resident now.
+
+    Where that is not allowed, every later stage shows at least the peak of the one before.
+    """
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return
+
+
 def _gpu() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Command line entry."""
     parser = argparse.ArgumentParser(description="Measure what an export costs.")
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("work", type=Path, help="folder for the engine while it is made")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="JSON to write")
-    parser.add_argument("--quant", default="int4")
-    parser.add_argument("--calib-data", type=Path, required=True)
-    parser.add_argument("--calib-samples", type=int, default=128)
-    parser.add_argument("--held-out", type=int, default=32)
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--min-pixels", type=int)
-    parser.add_argument("--max-pixels", type=int)
-    parser.add_argument("--device", default="auto")
-    given = vars(parser.parse_args())
-    checkpoint, work, output = (given.pop(key) for key in ("checkpoint", "work", "output"))
-    quant = given.pop("quant")
-    work.mkdir(parents=True, exist_ok=True)
-    cache = work / "answers.jsonl"
-    options = ExportOptions(**given, response_cache=cache, force=True)
-    document = measure_export(checkpoint, quant, work, options)
-    output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    parser.add_argument("--keep", action="store_true", help="leave the engine where it is made")
+    parser.add_argument("cost", type=Path, help="JSON to write")
+    parser.add_argument(
+        "export", nargs=argparse.REMAINDER, help="arguments of mmr5-export, --output among them"
+    )
+    own = parser.parse_args(arguments)
+    given = vars(export_parser().parse_args(own.export))
+    checkpoint, quant, output = (given.pop(name) for name in ("model", "quant", "output"))
+    if given.pop("json") | given.pop("dry_run"):
+        parser.error("--json and --dry-run print what is not measured; leave them out")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    document = measure_export(checkpoint, quant, output, ExportOptions(**given), own.keep)
+    write_json(document, own.cost)
     print(json.dumps(document))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

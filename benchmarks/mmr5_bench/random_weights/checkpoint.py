@@ -30,6 +30,7 @@ from mmr5_runtime.spec import ModelSpec, tensor_shapes
 
 SHARD_BYTES = 1 << 30  # a larger tensor has a shard of its own
 _POOL = 1 << 20  # values that are drawn; larger tensors repeat them
+_TURN = 1009  # how much further on each tensor begins, or layers would be equal and share memory
 
 
 def write_synthetic_7b(folder: Path, layers: int = 2, blocks: int = 2) -> Path:
@@ -64,9 +65,10 @@ def _write_weights(folder: Path, spec: ModelSpec) -> None:
     weight_map: dict[str, str] = {}
     generator = torch.Generator().manual_seed(7)
     pool = torch.randn(_POOL, generator=generator).to(torch.bfloat16)
+    turns = {name: turn for turn, name in enumerate(shapes)}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {name: _values(shapes[name], pool) for name in names}
+        tensors = {name: _values(shapes[name], pool.roll(_TURN * turns[name])) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {}, "weight_map": weight_map}

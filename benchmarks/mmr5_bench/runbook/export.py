@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
         checkpoint = random_checkpoint(Path(name) / "checkpoint", options.shape)
         written = time.perf_counter() - began
         how = ExportOptions(method="rtn", verify=False, device=options.device)
-        document = measure_export(checkpoint, "int4", Path(name), how)
+        document = measure_export(checkpoint, "int4", Path(name) / "engine", how)
     document |= {"random_shape": options.shape, "checkpoint_seconds": round(written, 1)}
     write_json(document, output)
     print(json.dumps(document))
