@@ -91,7 +91,7 @@ def test_following_any_response_gives_the_own_answer(
     garbage = [(7 * i) % 400 + 60 for i in range(LIMIT)]
 
     @given(st.sampled_from([*others, own.token_ids, garbage]), st.integers(0, 2**32), st.data())
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     def check(response: Sequence[int], seed: int, data: st.DataObject) -> None:
         generator = torch.Generator().manual_seed(seed)
         ids = list(response)

@@ -122,7 +122,7 @@ def test_max_pixels_acts_like_the_processors_load_option(tmp_path: Path) -> None
 
 
 @given(st.integers(15, 9000), st.integers(15, 9000), st.integers(4, 16384))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_sizes_are_equal(height: int, width: int, cells: int) -> None:
     options = {"factor": 28, "min_pixels": 3136, "max_pixels": cells * CELL_PIXELS}
     try:
@@ -135,7 +135,7 @@ def test_sizes_are_equal(height: int, width: int, cells: int) -> None:
 
 
 @given(st.integers(1, 128), st.integers(1, 128), st.integers(1, 4000))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_token_counts_are_equal(rows: int, columns: int, cells: int) -> None:
     width, height = columns * 28, rows * 28
     if width * height < 3136:

@@ -40,7 +40,7 @@ def test_pages_of_different_odd_sizes(name: str) -> None:
     check(name, tiny_pair(name)[1].spec, list(GRIDS), seed=0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(grids=PAGES, seed=st.integers(0, 99))
 def test_any_pages(grids: list[Grid], seed: int) -> None:
     check("three_heads", tiny_pair("three_heads")[1].spec, grids, seed)

@@ -30,7 +30,7 @@ def test_embeddings_of_every_page(name: str) -> None:
         assert (found - reference).abs().max() <= TOLERANCE
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(rows=SIDES, columns=SIDES, seed=st.integers(0, 99))
 def test_embeddings_of_any_grid(rows: int, columns: int, seed: int) -> None:
     hf, ours = tiny_pair("three_heads")
@@ -41,7 +41,7 @@ def test_embeddings_of_any_grid(rows: int, columns: int, seed: int) -> None:
     assert (ours.visual(page, grid) - expected).abs().max() <= TOLERANCE
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(rows=SIDES, columns=SIDES)
 def test_windows_hold_the_same_tokens(rows: int, columns: int) -> None:
     spec = tiny_pair("small_patches")[1].spec.vision

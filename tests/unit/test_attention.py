@@ -44,7 +44,7 @@ def draw(tokens: int, cached: int, heads: int, kv_heads: int, seed: int) -> tupl
     return q, k, v
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     tokens=st.integers(1, 40),
     cached=st.integers(0, 40),

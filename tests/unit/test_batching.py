@@ -29,7 +29,7 @@ def test_a_step_alone_is_run_at_once() -> None:
     assert arena.length == 3 and engine.passes == [[[3, 4]], [[5]]]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(
         st.lists(st.sampled_from([1, 1, 1, 4, 8]), max_size=5), min_size=1, max_size=10

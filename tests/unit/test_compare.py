@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.evidence import MACHINE, interval, make_entry, make_evidence, noisy_rounds
@@ -21,7 +21,7 @@ from mmr5_bench.report.ratios import pooled_ratio
 from mmr5_bench.report.rules import LATENCIES, LatencyRule, QualityRule, parse_rule
 
 P50, P95 = LatencyRule("p50", 0.1), LatencyRule("p95", 0.1)
-SLOW = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+SLOW = settings(max_examples=10)
 
 
 def run_of(

@@ -176,7 +176,7 @@ def test_log_probabilities_come_with_the_ids() -> None:
 # Drafts
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10_000), temperature=st.sampled_from([0.0, 0.7]))
 def test_drafts_change_nothing(seed: int, temperature: float) -> None:
     num_pages, script = random_script(seed)

@@ -194,7 +194,7 @@ def test_a_deadline_in_the_list_keeps_what_was_named() -> None:
     assert late.answer.stop_reason == "eos"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10_000), steps=st.integers(0, 60))
 def test_a_deadline_always_ends_the_answer(seed: int, steps: int) -> None:
     num_pages, script = random_script(seed)

@@ -224,7 +224,7 @@ PIECES += ["Image ", "fits.", "<", "</", "\n", "x"]
 
 
 @given(st.integers(0, 1 << 32), st.integers(1, 9), st.integers(1, 25), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_drafts_never_change_what_is_decoded(
     seed: int, most: int, num_pages: int, shared: bool
 ) -> None:
@@ -308,7 +308,7 @@ outputs = st.lists(st.integers(0, 3), max_size=14)
 
 
 @given(st.lists(st.tuples(st.booleans(), outputs), max_size=8), outputs, st.integers(1, 40))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_index_finds_the_longest_and_newest(
     added: list[tuple[bool, list[int]]], suffix: list[int], capacity: int
 ) -> None:

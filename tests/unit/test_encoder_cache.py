@@ -382,6 +382,6 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 TestTier = TierMachine.TestCase
-TestTier.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestTier.settings = settings(max_examples=60, stateful_step_count=40)
 TestCache = CacheMachine.TestCase
-TestCache.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestCache.settings = settings(max_examples=40, stateful_step_count=40)

@@ -324,4 +324,4 @@ class FolderMachine(RuleBasedStateMachine):
 
 
 TestFolder = FolderMachine.TestCase
-TestFolder.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+TestFolder.settings = settings(max_examples=25, stateful_step_count=30)

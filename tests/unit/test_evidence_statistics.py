@@ -24,7 +24,7 @@ def test_percentiles_interpolate_between_samples() -> None:
 
 
 @given(TIMES)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_intervals_hold_the_value_and_stay_among_the_samples(samples: list[float]) -> None:
     for interval in latency_summary(samples, resamples=200).values():
         assert min(samples) * (1 - 1e-12) <= interval["low"]
@@ -52,7 +52,7 @@ def test_what_is_no_time_is_refused(samples: list[float]) -> None:
 
 
 @given(TIMES, st.sampled_from(STATISTICS), st.floats(0.1, 10.0))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_paired_ratio_of_a_scaled_run_is_certain(
     samples: list[float], statistic: str, factor: float
 ) -> None:

@@ -83,7 +83,7 @@ def test_result_is_the_librarys_bit_for_bit(format: Format, static_order: bool) 
     assert stats.error == pytest.approx(output_error(weight, expected, hessian))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.sampled_from(FORMATS), st.integers(0, 999), st.sampled_from([40, 256, 900]))
 def test_beats_rounding_to_nearest(format: Format, seed: int, tokens: int) -> None:
     """Also with fewer tokens (40) than columns, where the Hessian alone is singular."""

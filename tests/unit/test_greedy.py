@@ -70,7 +70,7 @@ def test_rows_may_lie_apart_and_what_lies_between_is_not_read() -> None:
     assert greedy.greedy_tokens(wide[:0, :33], None, 1.0).tolist() == []
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     vocab=st.integers(1, 60),
     penalty=st.sampled_from([1.0, 1.05, 1.3]),

@@ -45,7 +45,7 @@ def exact_cells(side: int, other: int, pixels: int, factor: int) -> tuple[int, b
 
 
 @given(sides, sides, st.sampled_from([16, 28, 32]), budgets)
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 def test_smart_resize_agrees_with_exact_arithmetic(
     height: int, width: int, factor: int, budget: PixelBudget
 ) -> None:
@@ -127,7 +127,7 @@ def test_the_smallest_budget_is_one_cell() -> None:
 
 
 @given(st.tuples(st.integers(1, 300), st.integers(1, 300)), st.integers(4, 400))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_planned_tokens_are_the_tokens_made(size: tuple[int, int], cells: int) -> None:
     width, height = size
     if max(size) > 100 * min(size):
@@ -142,7 +142,7 @@ def test_planned_tokens_are_the_tokens_made(size: tuple[int, int], cells: int) -
 
 
 @given(st.lists(page_sizes, min_size=1, max_size=6), st.integers(0, 40000), budgets)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_fitting_max_pixels_is_the_largest_that_fits(
     sizes: list[tuple[int, int]], allowance: int, budget: PixelBudget
 ) -> None:
@@ -184,7 +184,7 @@ def test_preprocess_leaves_the_image_alone() -> None:
     patches=st.sampled_from([(14, 2, 2), (8, 3, 1), (4, 1, 3)]),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_bytes_and_tables_give_the_very_pixel_values(
     size: tuple[int, int], patches: tuple[int, int, int], seed: int
 ) -> None:

@@ -118,7 +118,7 @@ class CodedArenaMachine(RuleBasedStateMachine):
 
 
 TestCodedArena = CodedArenaMachine.TestCase
-TestCodedArena.settings = settings(max_examples=30, stateful_step_count=15, deadline=None)
+TestCodedArena.settings = settings(max_examples=30, stateful_step_count=15)
 
 
 def test_codes_are_within_half_a_step() -> None:

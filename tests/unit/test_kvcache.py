@@ -96,7 +96,7 @@ class ArenaMachine(RuleBasedStateMachine):
 
 
 TestArena = ArenaMachine.TestCase
-TestArena.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestArena.settings = settings(max_examples=60, stateful_step_count=25)
 
 
 @pytest.mark.parametrize("length", [-1, 4])

@@ -167,7 +167,7 @@ def test_beyond_its_memory_it_calls_things_new() -> None:
     assert ledger.encoder_miss(digest("a at 1"), digest("a")) == "page"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(
         st.tuples(

@@ -57,7 +57,7 @@ def test_a_truncated_file(tmp_path: Path, file_format: str, kept: float) -> None
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_damaged_file_opens_or_is_a_page_error(data: st.DataObject) -> None:
     file_format = data.draw(st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM"]))
     content = bytearray(encoded(noise(24, 18), file_format))

@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.qwen_ranks import bpe, vocabulary
@@ -105,7 +105,6 @@ def test_white_space_and_tokens_of_many_bytes(written: bytes, data: bytes, allow
     assert opened(3, written).allows(data) is allowed
 
 
-@settings(deadline=None)
 @given(st.integers(1, 30), st.randoms(use_true_random=False))
 def test_sampling_single_bytes_always_ends_in_a_list(num_pages: int, rng: random.Random) -> None:
     """No dead end: from wherever bytes are picked at random, a bracket can be reached."""

@@ -74,7 +74,7 @@ def test_no_more_than_the_bound_is_begun() -> None:
     prefetch.close()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     ahead=st.integers(0, 4),
     announced=st.lists(st.lists(st.integers(0, 7), unique=True), max_size=4),

@@ -33,7 +33,7 @@ def values(stored: dict[str, Tensor], format: Format) -> Tensor:
     return dequantize(format, stored, FP32)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 5), st.integers(1, 3), st.integers(0, 999), st.floats(1e-6, 1e4))
 def test_int4_is_off_by_half_a_step_at_most(
     rows: int, groups: int, seed: int, scale: float
@@ -45,7 +45,7 @@ def test_int4_is_off_by_half_a_step_at_most(
     assert ((values(stored, INT4) - source).abs() <= allowed).all()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 5), st.integers(1, 3), st.integers(0, 999), st.floats(-3, 3))
 def test_asymmetric_int4_is_off_by_one_step_at_most(
     rows: int, groups: int, seed: int, offset: float
@@ -58,7 +58,7 @@ def test_asymmetric_int4_is_off_by_one_step_at_most(
     assert ((values(stored, ASYMMETRIC) - source).abs() <= allowed).all()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 5), st.integers(1, 300), st.integers(0, 999), st.floats(1e-6, 1e4))
 def test_int8_is_off_by_half_a_step_at_most(
     rows: int, columns: int, seed: int, scale: float
@@ -70,7 +70,7 @@ def test_int8_is_off_by_half_a_step_at_most(
     assert int(stored["weight"].abs().max()) <= 127
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 5), st.integers(1, 300), st.integers(0, 999), st.floats(1e-3, 1e4))
 def test_fp8_is_off_by_half_a_unit_at_most(
     rows: int, columns: int, seed: int, scale: float

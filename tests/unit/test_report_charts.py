@@ -31,7 +31,7 @@ from mmr5_bench.report.svg import ADVANCE, fitted, text_width
 WIDTHS = (350.0, 880.0)
 LONG = 'rerank[pages=5] of a subject with "quotes", <tags> & an ending nobody will ever read' * 3
 STAGES = ("preprocess", "vision", "prefill", "decode", "other")
-QUICK = settings(max_examples=30, deadline=None)
+QUICK = settings(max_examples=30)
 times = st.floats(0, 1e12)
 names = st.text(max_size=40)
 

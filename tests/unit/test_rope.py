@@ -37,7 +37,7 @@ def test_text_counts_the_same_on_all_axes() -> None:
     assert (empty.shape, following) == ((3, 0), 4)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(grids=PAGES, seed=st.integers(0, 99))
 def test_segments_continue_where_the_previous_one_ended(grids: list[Grid], seed: int) -> None:
     ids = random_prompt(SPEC, grids, seed)
@@ -72,7 +72,7 @@ def test_a_page_interrupted_by_text_is_refused() -> None:
         mrope_positions(ids, [(1, 4, 4), (1, 4, 4)], SPEC)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(shift=st.integers(0, 5000), seed=st.integers(0, 99))
 def test_scores_depend_on_differences_of_positions_only(shift: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -39,7 +39,7 @@ def _reference(logits: Tensor, seen: list[int], params: SamplingParams) -> Tenso
     return probabilities
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 1000),
     penalty=st.sampled_from([1.0, 1.05, 1.5]),
@@ -106,7 +106,7 @@ def test_seeded_draws_are_those_of_multinomial(top_k: int, top_p: float) -> None
             assert sampler.pick(_logits(place)) == expected
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 1000),
     temperature=st.sampled_from([0.0, 0.8]),

@@ -155,7 +155,7 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 TestStore = StoreMachine.TestCase
-TestStore.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestStore.settings = settings(max_examples=150, stateful_step_count=40)
 
 
 def test_a_loaded_prefix_leaves_the_arena_as_reading_it_did() -> None:

@@ -19,7 +19,7 @@ SHAPES = st.tuples(
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(SHAPES, st.integers(0, 1 << 30))
 def test_unpacking_gives_the_codes_back(shape: tuple[Format, int, int], seed: int) -> None:
     format, n, groups = shape
@@ -35,7 +35,7 @@ def test_unpacking_gives_the_codes_back(shape: tuple[Format, int, int], seed: in
         assert torch.equal(packed["zero"], parts["weight_zero_point"].T)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(SHAPES, st.data())
 def test_a_code_lies_where_the_table_says(
     shape: tuple[Format, int, int], data: st.DataObject

@@ -73,7 +73,7 @@ def test_smoothquant_of_empty_columns() -> None:
         smoothquant_scales(absmax, [weight], alpha=1.5)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(
     st.sampled_from(AWQ_FORMATS),
     st.integers(0, 999),
@@ -173,7 +173,6 @@ def test_hessian_of_divided_inputs() -> None:
 values = st.floats(-1e4, 1e4, width=32).filter(lambda value: value == 0 or abs(value) > 1e-6)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(values, st.floats(1e-4, 1e4)), min_size=1, max_size=8))
 def test_what_a_norm_loses_to_rounding_the_scales_make_up_for(
     pairs: list[tuple[float, float]],

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -103,7 +103,6 @@ def test_image_tokens_are_numbered_behind_the_vocabulary(merged: list[Grid]) -> 
 
 
 @given(grids)
-@settings(deadline=None)
 def test_rows_of_the_prompt_table_are_the_pages_in_order(merged: list[Grid]) -> None:
     prompt = prompt_of([(bytes([n]) * 32, grid) for n, grid in enumerate(merged)])
     made = engine_inputs(prompt, SPEC, 256)
@@ -114,7 +113,6 @@ def test_rows_of_the_prompt_table_are_the_pages_in_order(merged: list[Grid]) -> 
 
 
 @given(grids)
-@settings(deadline=None)
 def test_rotary_table_by_plain_arithmetic(merged: list[Grid]) -> None:
     """Position by position as the model's authors describe it, angle by angle in doubles."""
     prompt = prompt_of([(bytes(32), grid) for grid in merged])
@@ -150,7 +148,6 @@ def test_rotary_table_by_plain_arithmetic(merged: list[Grid]) -> None:
 
 
 @given(grids, st.lists(st.sampled_from([TEXT, SPEC.image_token_id]), max_size=9))
-@settings(deadline=None)
 def test_tokens_behind_a_prompt_are_text(merged: list[Grid], behind: list[int]) -> None:
     """As if they had been in the prompt, but for image tokens, which no page belongs to."""
     prompt = prompt_of([(bytes(32), grid) for grid in merged])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.scripted import mini_language, qwen_language
@@ -42,7 +42,6 @@ def test_the_tag_alone_never_stops_behind_a_list() -> None:
     gap=st.sampled_from(["", " ", "\n", ".", ","]),
     behind=st.sampled_from(["", "\n", "\n\n"]),
 )
-@settings(deadline=None)
 def test_answers_end_with_a_stop_word(
     language: Language, listing: list[int], gap: str, behind: str
 ) -> None:

@@ -31,7 +31,7 @@ def test_turns_are_taken_in_the_order_of_asking() -> None:
     assert [order.get() for _ in range(5)] == [0, 1, 2, 3, 4]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(count=st.integers(1, 4), wanted=st.lists(st.booleans(), min_size=1, max_size=12))
 def test_no_more_hold_than_may(count: int, wanted: list[bool]) -> None:
     """``wanted``: takers of all places, and of one; both end, and all means alone."""

@@ -12,7 +12,7 @@ from mmr5_kernels.cuda import w4_layout
 from mmr5_kernels.layout import Format, unpack_int4
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     n=st.integers(1, 150),
     groups=st.integers(1, 4),
