@@ -29,6 +29,7 @@ import onnx
 import torch
 from torch import Tensor
 
+from mmr5_bench.evidence.memory import peak_resident_bytes
 from mmr5_bench.files import read_json, write_json
 from mmr5_bench.provenance import provenance
 from mmr5_bench.random_weights.engine_folder import write_engine_of
@@ -63,7 +64,7 @@ def compile_engine(engine_folder: Path, output: Path, dtype: str) -> dict[str, A
     limits = Limits.of(engine.manifest)
     started = time.perf_counter()
     written = write_tensorrt(engine, output, dtype=dtype, limits=limits)
-    seconds, resident = time.perf_counter() - started, peak_resident()
+    seconds, resident = time.perf_counter() - started, peak_resident_bytes()
     profiles = {
         "vision": vision_profiles(engine.spec.vision, limits),
         "decoder": decoder_profiles(engine.spec.text, limits),
@@ -81,7 +82,7 @@ def compile_engine(engine_folder: Path, output: Path, dtype: str) -> dict[str, A
             "peak_resident_bytes": resident,
         },
         "compile": compiled["graphs"],
-        "peak_resident_bytes": peak_resident(),
+        "peak_resident_bytes": peak_resident_bytes(),
     }
 
 
@@ -89,12 +90,6 @@ def run_engines(output: Path) -> dict[str, Any]:
     """Loads and runs every ``.rtx`` file of a folder once per profile; what happened, by graph."""
     profiles = read_json(output / "profiles.json", "compile first")
     return {graph: _run_engine(output / f"{graph}.rtx", given) for graph, given in profiles.items()}
-
-
-def peak_resident() -> int:
-    """Linux's high-water mark of this process, bytes."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
 
 
 def _run_engine(path: Path, profiles: list[Mapping[str, Any]]) -> dict[str, Any]:

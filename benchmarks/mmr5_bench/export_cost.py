@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from mmr5_bench.evidence.memory import peak_resident_bytes, reset_peak
 from mmr5_bench.files import write_json
 from mmr5_bench.provenance import provenance
 from mmr5_export import export
@@ -36,15 +37,15 @@ class StageCosts:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.peaks: dict[str, int] = {}
-        _reset_peak()
+        reset_peak()
         self._stage, self._since = "prepare", time.perf_counter()
 
     def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
-        now, peak = time.perf_counter(), _peak_resident()
+        now, peak = time.perf_counter(), peak_resident_bytes()
         self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + now - self._since
-        if peak is not None:
+        if peak:
             self.peaks[self._stage] = max(self.peaks.get(self._stage, 0), peak)
-            _reset_peak()
+            reset_peak()
         # What follows the last report of a stage belongs to the one that will report next.
         self._stage, self._since = stage if done < total else f"after {stage}", now
 
@@ -97,26 +98,6 @@ def measure_export(
         "estimated_memory_bytes": dict(required.needs.memory),
         "estimated_seconds": round(required.needs.seconds, 1),
     }
-
-
-def _peak_resident() -> int | None:
-    """Most resident memory of this process since it was set back, bytes; None where not told."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
-
-
-def _reset_peak() -> None:
-    """Sets the high-water mark back to what is resident now.
-
-    Where that is not allowed, every later stage shows at least the peak of the one before.
-    """
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return
 
 
 def _gpu() -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +24,10 @@ from mmr5_bench.targets.kernel_goals import figures_of
 from mmr5_bench.targets.results import DRY, RANDOM, best_of, figure, markdown, number, table
 from mmr5_bench.targets.session import Session, run_targets
 from mmr5_bench.targets.work import ModelWork, Part, floor_ms
+from mmr5_export import export
+from mmr5_export.options import ExportOptions
 from mmr5_runtime import Reranker
+from mmr5_runtime.onnx.files import BACKEND as ONNXRUNTIME
 
 CPU = torch.device("cpu")
 STATED = {
@@ -244,3 +249,18 @@ def test_commands_that_measure_nothing_are_refused(
     with pytest.raises(ValueError, match=message):
         targets_command.run(parse(*arguments, "-o", str(tmp_path / "t.json")))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("backend", ["native", "onnxruntime"])
+def test_the_way_to_the_first_rerank_of_either_engine(tmp_path: Path, backend: str) -> None:
+    engine, written = tmp_path / "engine", tmp_path / "first.json"
+    export("mini", None, engine, ExportOptions(method="rtn", verify=False, backend=(ONNXRUNTIME,)))
+    command = [sys.executable, "-m", "mmr5_bench.targets.first_rerank", str(engine)]
+    command += ["--backend", backend, "--pages", "2", "--written", "2", "-o", str(written)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(written.read_bytes())
+    assert json.loads(done.stdout.splitlines()[-1]).items() <= found.items()
+    assert (found["source"], found["backend"], found["layers"]) == ("mini", backend, 4)
+    assert found["total_s"] == pytest.approx(found["load_s"] + found["first_s"])
+    if Path("/proc/self/status").exists():
+        assert 0 < found["loaded_peak_bytes"] <= found["peak_bytes"]

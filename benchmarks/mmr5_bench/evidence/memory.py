@@ -10,14 +10,15 @@ from types import TracebackType
 import torch
 
 _STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 @dataclass
 class PeakMemory:
     """Peak of the process's resident memory, and of what torch allocated on a CUDA ``device``.
 
-    Resident memory is sampled, because the kernel's own high-water mark would count everything
-    since the process began; a peak shorter than ``every_s`` can be missed.
+    Resident memory is sampled, because setting back the kernel's own high-water mark would disturb
+    whoever else reads it; a peak shorter than ``every_s`` can be missed.
     """
 
     device: str = "cpu"
@@ -60,9 +61,29 @@ class PeakMemory:
 
 def resident_bytes() -> int:
     """Resident memory of this process, 0 where the system does not tell."""
+    return _told("VmRSS:")
+
+
+def peak_resident_bytes() -> int:
+    """Linux's high-water mark of this process (proc(5): ``VmHWM``), 0 where there is none."""
+    return _told("VmHWM:")
+
+
+def reset_peak() -> None:
+    """Sets the high-water mark back to what is resident now, where that is allowed.
+
+    Where it is not, :func:`peak_resident_bytes` goes on counting from the start of the process.
+    """
+    try:
+        _CLEAR_REFS.write_text("5", encoding="ascii")
+    except OSError:
+        return
+
+
+def _told(field: str) -> int:
     if not _STATUS.is_file():
         return 0
     for line in _STATUS.read_text(encoding="utf-8").splitlines():
-        if line.startswith("VmRSS:"):
+        if line.startswith(field):
             return int(line.split()[1]) << 10
     return 0
