@@ -89,12 +89,22 @@ class TextRotary(nn.Module):
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions [3, T] int64 on the model's device -> cos, sin, each [T, D/2] fp32."""
-        angles = positions[self.axis].T.float() * self.inv_freq
+        angles = self.angles(positions)
         return angles.cos(), angles.sin()
+
+    def angles(self, positions: Tensor) -> Tensor:
+        """positions [3, T] int64 on the model's device -> radians [T, D/2] fp32."""
+        return positions[self.axis].T.float() * self.inv_freq
 
 
 def vision_rotary(grid: Grid, spec: VisionSpec) -> tuple[Tensor, Tensor]:
-    """cos and sin of one page's patches, each [P, D/2] fp32 on the CPU.
+    """cos and sin of one page's patches, each [P, D/2] fp32 on the CPU: those of `vision_angles`."""
+    angles = vision_angles(grid, spec)
+    return angles.cos(), angles.sin()
+
+
+def vision_angles(grid: Grid, spec: VisionSpec) -> Tensor:
+    """By how much one page's patches are turned: radians [P, D/2] fp32 on the CPU.
 
     Patches come in merge order (the order of the pixel values): the merge x merge patches of one
     token are neighbours. The first D/4 frequencies turn with the row, the others with the column.
@@ -106,8 +116,7 @@ def vision_rotary(grid: Grid, spec: VisionSpec) -> tuple[Tensor, Tensor]:
     inv_freq = _frequencies(spec.head_dim // 2, spec.rope_theta)
     row_angles = (patches // columns).float()[:, None] * inv_freq
     column_angles = (patches % columns).float()[:, None] * inv_freq
-    angles = torch.cat((row_angles, column_angles), dim=1)
-    return angles.cos(), angles.sin()
+    return torch.cat((row_angles, column_angles), dim=1)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

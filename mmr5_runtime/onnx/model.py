@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
@@ -26,11 +27,21 @@ from mmr5_runtime.kvcache import KVArena
 from mmr5_runtime.onnx.files import DECODER, HEAD, VISION
 from mmr5_runtime.onnx.session import bind, open_session, run
 from mmr5_runtime.onnx.windows import window_inputs
-from mmr5_runtime.rope import Grid, TextRotary, vision_rotary
+from mmr5_runtime.rope import Grid, TextRotary, vision_angles
 from mmr5_runtime.spec import ModelSpec
 from mmr5_runtime.vision import check_page
 
 _CPU = torch.device("cpu")
+
+
+def rotations(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of angles [N, D/2] fp32, by the calling thread alone.
+
+    torch hands 128 of them or more to its other threads, which then spin for milliseconds on the
+    cores that the next graph computes on (docs/LOG.md).
+    """
+    values = angles.numpy()
+    return torch.from_numpy(np.cos(values)), torch.from_numpy(np.sin(values))
 
 
 class OnnxModel:
@@ -80,7 +91,7 @@ class OnnxModel:
     def encode_page(self, pixel_values: Tensor, grid: Grid) -> Tensor:
         vision = self.spec.vision
         check_page(pixel_values, grid, vision)
-        cos, sin = vision_rotary(grid, vision)
+        cos, sin = rotations(vision_angles(grid, vision))
         windows, mask, places = window_inputs(grid, vision)
         inputs = {"pixels": pixel_values.to(_CPU, torch.float32), "cos": cos, "sin": sin}
         inputs |= {"windows": windows, "window_mask": mask, "places": places}
@@ -99,7 +110,7 @@ class OnnxModel:
         lengths: Sequence[int],
     ) -> Tensor:
         """One sequence after the other; the arenas hold the rows when all have been run."""
-        cos, sin = self._rotary(positions)
+        cos, sin = rotations(self._rotary.angles(positions))
         hidden = torch.empty(embeds.shape)
         parts = (rows.split(list(lengths)) for rows in (embeds, cos, sin, hidden))
         for arena, *rows in zip(arenas, *parts, strict=True):
