@@ -41,8 +41,8 @@ POINTER = (
 )
 _BUILT = tuple((ENGINE_FOLDER / name).as_posix() for name in bundle.ENGINES)
 
-# Bytes per byte of weights. 14.3 GB were measured for 4.46 GB, 28 layers of a 7B that were all the
-# same; how much of it different layers could share nobody has seen.
+# Bytes per byte of weights. 14.9 GB were measured for 4.46 GB, the 28 layers of a 7B with random
+# weights, no two of which are alike (benchmarks/results/export-7b-backends.json).
 _AOT_MEMORY = 4
 
 

@@ -83,16 +83,15 @@ def test_the_estimate_of_every_backend_of_a_7b_is_below_24_gb(name: str, quant: 
 
 
 def test_the_estimate_of_compiling_a_7b_is_below_24_gb() -> None:
-    """The measured 28 layers were identical, which no real model's are."""
     options = {**CASES["onnx"], "aot": "rtx"}
     asked = wish("int4", **options)
     (part,) = chosen_parts(asked.options)
     needs = with_backends(Needs({}, 0, 0.0), [part.plan(asked).memory], CPU)
-    assert needs.peak > 14.3 * GIGABYTE  # what 28 layers were measured to take
+    assert needs.peak > 14.9 * GIGABYTE  # what 28 layers were measured to take
     check_memory(needs, CPU, available=MACHINE)
 
 
-@pytest.mark.parametrize(("quant", "least", "most"), [("int4", 20, 24), ("int8", 30, 40)])
+@pytest.mark.parametrize(("quant", "least", "most"), [("int4", 19, 22), ("int8", 28, 32)])
 def test_the_estimate_of_running_the_graphs_of_a_7b(quant: str, least: int, most: int) -> None:
     """fp32 for what is dense, several times the codes while they are packed, and then the run."""
     work = Workload(
