@@ -98,7 +98,7 @@ class TextRotary(nn.Module):
 
 
 def vision_rotary(grid: Grid, spec: VisionSpec) -> tuple[Tensor, Tensor]:
-    """cos and sin of one page's patches, each [P, D/2] fp32 on the CPU, of `vision_angles`."""
+    """cos and sin of one page's patches, [P, D/2] fp32 on the CPU, of :func:`vision_angles`."""
     angles = vision_angles(grid, spec)
     return angles.cos(), angles.sin()
 

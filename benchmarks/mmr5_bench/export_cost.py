@@ -1,9 +1,10 @@
 """What one export costs: wall time and peak of main memory by stage, and the peak of GPU memory.
 
-    python -m mmr5_bench.export_cost cost.json --model CHECKPOINT --output WORK/engine --quant int4
+    python -m mmr5_bench.export_cost cost.json --model CHECKPOINT --output WORK/engine \\
+        --method rtn --no-verify
 
 What follows the file to write are arguments of ``mmr5-export``. The export runs in this process, so
-that the peaks are its own. The folder it makes is removed; ``--keep`` before the file keeps it.
+that the peaks are its own. The engine is removed; ``--keep`` before the file keeps it.
 """
 
 from __future__ import annotations
@@ -31,31 +32,32 @@ class StageCosts:
     """Seconds and peak resident bytes by stage, as the ``progress`` of an export.
 
     A stage lasts from its first report to the first one of the next. Peaks are Linux's own
-    high-water mark (proc(5): ``VmHWM``), which is set back between stages; none elsewhere.
+    high-water mark (proc(5): ``VmHWM``), set back between stages. Where that cannot be done there
+    are none but that of the whole process.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.peaks: dict[str, int] = {}
-        reset_peak()
+        self._by_stage = reset_peak()
         self._stage, self._since = "prepare", time.perf_counter()
 
     def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
-        now, peak = time.perf_counter(), peak_resident_bytes()
+        now = time.perf_counter()
         self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + now - self._since
-        if peak:
-            self.peaks[self._stage] = max(self.peaks.get(self._stage, 0), peak)
+        if self._by_stage:
+            self.peaks[self._stage] = max(self.peaks.get(self._stage, 0), peak_resident_bytes())
             reset_peak()
         # What follows the last report of a stage belongs to the one that will report next.
         self._stage, self._since = stage if done < total else f"after {stage}", now
 
     def finish(self) -> dict[str, Any]:
-        """``stage_seconds``, ``stage_peak_resident_bytes`` and the highest of those peaks."""
+        """``stage_seconds``, ``stage_peak_resident_bytes`` and the highest, None if unknown."""
         self("end", 0, 1)
         return {
             "stage_seconds": {stage: round(spent, 2) for stage, spent in self.seconds.items()},
             "stage_peak_resident_bytes": dict(self.peaks),
-            "peak_resident_bytes": max(self.peaks.values(), default=None),
+            "peak_resident_bytes": max(self.peaks.values(), default=peak_resident_bytes()) or None,
         }
 
 
@@ -77,6 +79,7 @@ def measure_export(
     costs, started = StageCosts(), time.perf_counter()
     manifest = export(checkpoint, quant, output, options, progress=costs)
     seconds = time.perf_counter() - started
+    measured = costs.finish()
     if not keep:
         shutil.rmtree(output)
     calibration = manifest.quant.calibration or {}
@@ -93,7 +96,7 @@ def measure_export(
         "engine_bytes": manifest.num_bytes,
         "verified": {name: backend.verified for name, backend in manifest.backends.items()},
         "seconds": round(seconds, 1),
-        **costs.finish(),
+        **measured,
         "peak_gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         "estimated_memory_bytes": dict(required.needs.memory),
         "estimated_seconds": round(required.needs.seconds, 1),

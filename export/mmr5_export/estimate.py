@@ -50,9 +50,10 @@ _GPTQ_HESSIANS = 3  # the statistics, the damped working copy, and one for a GPU
 _GPTQ_WEIGHTS = 5  # fp32 weight, working weight, codes and the error of a block, of one linear
 _LOGITS = 3  # [R, V] fp32: the engine's, the original's, and one being put together
 # Bytes that ONNX Runtime takes per stored byte of a quantized linear while it loads: its constants
-# are folded, then packed for its kernels. Of a whole 7B, 19.3 GB were measured for 6.5 GB of 8-bit
-# codes whose inputs are rounded too, 9.9 GB for 3.9 GB of int4 and an 8-bit head; 4.3 GB of both
-# are the tower, the table and the process (benchmarks/results/onnxruntime-7b-*.json).
+# are folded, then packed for its kernels. For a whole 7B at most 9.9 GB (3.9 of int4 linears and an
+# 8-bit head) and 19.3 GB (6.5 of W8A8, 0.5 of the head) were measured; less 4.3 GB for tower, table
+# and process that is 1.4 and 2.2 bytes. Rounded up, since it was measured on one machine
+# (benchmarks/results/onnxruntime-7b-*.json).
 _GRAPH_W8A8, _GRAPH_WEIGHT_ONLY = 2.5, 2.0
 _GRAPH_DENSE = 4  # bytes of a value: they compute in fp32
 _SCORES = 3  # [H, T, T] fp32 of attention that no fused kernel computes: scores, mask, weights

@@ -37,8 +37,8 @@ _CPU = torch.device("cpu")
 def rotations(angles: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of angles [N, D/2] fp32, by the calling thread alone.
 
-    torch hands 128 of them or more to its other threads, which then spin for milliseconds on the
-    cores that the next graph computes on (docs/LOG.md).
+    torch hands even the few of a decode step of 8 tokens to its other threads, which then spin for
+    milliseconds on the cores that the next graph computes on (docs/LOG.md).
     """
     values = angles.numpy()
     return torch.from_numpy(np.cos(values)), torch.from_numpy(np.sin(values))

@@ -21,7 +21,7 @@ from mmr5_bench.report.ratios import pooled_ratio
 from mmr5_bench.report.rules import LATENCIES, LatencyRule, QualityRule, parse_rule
 
 P50, P95 = LatencyRule("p50", 0.1), LatencyRule("p95", 0.1)
-SLOW = settings(max_examples=10)
+FEW = settings(max_examples=10)
 
 
 def run_of(
@@ -49,7 +49,7 @@ def with_quality(**metrics: Any) -> Evidence:
 samples = st.lists(st.floats(0.1, 1e5), min_size=5, max_size=14)
 
 
-@SLOW
+@FEW
 @given(
     rounds=st.lists(samples, min_size=1, max_size=6),
     statistics=st.sets(st.sampled_from(LATENCIES), min_size=1, max_size=2),
@@ -64,7 +64,7 @@ def test_a_file_and_itself_are_ok_by_any_rule(
     assert set(verdicts(result) + verdicts(result, "pooled")) == {"ok"}
 
 
-@SLOW
+@FEW
 @given(rounds=st.lists(samples, min_size=1, max_size=6))
 def test_everything_slower_by_a_fifth_is_always_regressed(rounds: list[list[float]]) -> None:
     before = make_evidence([make_entry(f"{i}", "ours", r) for i, r in enumerate(rounds)])

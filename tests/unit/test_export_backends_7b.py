@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.synthetic7b import config_7b, write_synthetic_7b
+from helpers.synthetic7b import EXPORT_AND_MEASURE, config_7b, write_synthetic_7b
 from mmr5_export.backends import check_backends, chosen_parts
 from mmr5_export.estimate import Needs, Workload, check_memory, with_backends, with_graphs
 from mmr5_export.options import ExportOptions
@@ -36,16 +36,6 @@ GIGABYTE = 1e9
 CPU = torch.device("cpu")
 NEEDED_BYTES = 16 << 30  # the checkpoint, its engine, and three times most of it
 PIXELS = 1280 * 28 * 28
-
-# As in test_export_true_7b.py: the high-water mark of this program alone.
-EXPORT_AND_MEASURE = """
-import re, sys
-from mmr5_export.cli import main
-status = main(sys.argv[1:])
-peak = re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())
-print(int(peak.group(1)) * 1024)
-sys.exit(status)
-"""
 
 
 def wish(quant: str, **options: Any) -> Wish:

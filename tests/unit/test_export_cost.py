@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmr5_bench.evidence.memory import reset_peak
 from mmr5_bench.export_cost import StageCosts, main
 from mmr5_export.cli import USAGE
 from mmr5_runtime.artifact import read_manifest
 
 ARGUMENTS = ["--model", "mini", "--method", "rtn", "--no-verify", "--backend", "onnxruntime"]
-HAS_PROC = Path("/proc/self/clear_refs").exists()
+BY_STAGE = reset_peak()
 
 
 def measured(folder: Path, *first: str) -> dict[str, object]:
@@ -33,7 +34,7 @@ def test_stages_and_backends_of_a_real_export_are_there(tmp_path: Path) -> None:
     assert found["verified"] == {
         "onnxruntime": "checked by onnx; not executed in this export (--no-verify)"
     }
-    if HAS_PROC:
+    if BY_STAGE:
         assert set(peaks) == set(seconds)
         assert found["peak_resident_bytes"] == max(peaks.values())
 
@@ -43,7 +44,7 @@ def test_an_engine_that_is_kept_is_the_one_that_was_measured(tmp_path: Path) -> 
     assert read_manifest(tmp_path / "made" / "engine").num_bytes == found["engine_bytes"]
 
 
-@pytest.mark.skipif(not HAS_PROC, reason="the high-water mark is set back through /proc")
+@pytest.mark.skipif(not BY_STAGE, reason="the high-water mark is set back through /proc")
 def test_a_stage_does_not_answer_for_the_one_before() -> None:
     costs = StageCosts()
     costs("large", 0, 1)

@@ -15,24 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers.synthetic7b import write_synthetic_7b
+from helpers.synthetic7b import EXPORT_AND_MEASURE, write_synthetic_7b
 from mmr5_runtime import Reranker
 from mmr5_runtime.artifact import TensorReader, read_manifest
 
 pytestmark = pytest.mark.slow
 NEEDED_BYTES = 7 << 30  # the checkpoint and its engine
 GIGABYTE = 1e9
-
-# What Linux keeps as the high-water mark of this program alone; getrusage's figure also covers the
-# test process it was started from.
-EXPORT_AND_MEASURE = """
-import re, sys
-from mmr5_export.cli import main
-status = main(sys.argv[1:])
-peak = re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())
-print(int(peak.group(1)) * 1024)
-sys.exit(status)
-"""
 
 
 @pytest.fixture(scope="module")

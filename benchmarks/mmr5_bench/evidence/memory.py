@@ -17,8 +17,8 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 class PeakMemory:
     """Peak of the process's resident memory, and of what torch allocated on a CUDA ``device``.
 
-    Resident memory is sampled, because setting back the kernel's own high-water mark would disturb
-    whoever else reads it; a peak shorter than ``every_s`` can be missed.
+    Resident memory is sampled, because the kernel's high-water mark is one for the whole
+    process, in which others measure too; a peak shorter than ``every_s`` can be missed.
     """
 
     device: str = "cpu"
@@ -69,15 +69,16 @@ def peak_resident_bytes() -> int:
     return _told("VmHWM:")
 
 
-def reset_peak() -> None:
-    """Sets the high-water mark back to what is resident now, where that is allowed.
+def reset_peak() -> bool:
+    """Sets the high-water mark back to what is resident now; False where that is not allowed.
 
-    Where it is not, :func:`peak_resident_bytes` goes on counting from the start of the process.
+    The mark is the process's own: for programs that do nothing but measure, and not beside others.
     """
     try:
         _CLEAR_REFS.write_text("5", encoding="ascii")
     except OSError:
-        return
+        return False
+    return True
 
 
 def _told(field: str) -> int:

@@ -30,12 +30,12 @@ _DTYPES = {"native": "bfloat16", "onnxruntime": "float32"}
 def measure(
     folder: Path, device: str, kernels: str, compiled: Path, *, pages: int, written: int
 ) -> dict[str, float]:
-    """Seconds in a new process whose compiled kernels are kept in ``compiled``.
+    """What it takes in a new process whose compiled kernels are kept in ``compiled``.
 
     ``import_s``, ``load_s``, ``first_s``, ``second_s``, and ``total_s`` from the call of ``load``
     to the end of the first rerank; the most resident memory until it was loaded and at all,
-    ``loaded_peak_bytes`` and ``peak_bytes``. RuntimeError with its last line when the process
-    fails.
+    ``loaded_peak_bytes`` and ``peak_bytes``, where the system tells. RuntimeError with its last
+    line when the process fails.
     """
     command = [sys.executable, "-m", _MODULE, str(folder), "--device", device]
     command += ["--kernels", kernels, "--pages", str(pages), "--written", str(written)]
@@ -89,17 +89,18 @@ def _reranks(mmr5_runtime: Any, options: argparse.Namespace) -> dict[str, float]
         began = time.perf_counter()
         reranker.rerank(f"Which page shows figure {number}?", pages, plan="single", **asking)
         times.append(time.perf_counter() - began)
+    peak = peak_resident_bytes()
     return {
         "load_s": loaded - start,
         "first_s": times[0],
         "second_s": times[1],
         "total_s": loaded - start + times[0],
-        "loaded_peak_bytes": loaded_peak,
-        "peak_bytes": peak_resident_bytes(),
+        **({"loaded_peak_bytes": loaded_peak, "peak_bytes": peak} if peak else {}),
     }
 
 
 def _write(found: Mapping[str, float], options: argparse.Namespace) -> None:
+    from mmr5_bench.evidence.machine import describe_machine
     from mmr5_bench.files import write_json
     from mmr5_bench.provenance import provenance
     from mmr5_runtime.artifact import read_manifest
@@ -107,16 +108,26 @@ def _write(found: Mapping[str, float], options: argparse.Namespace) -> None:
     manifest = read_manifest(options.folder)
     about = {
         "kind": "first-rerank",
-        "provenance": provenance(),
+        "machine": describe_machine(options.device),
+        "provenance": provenance() | _onnxruntime(options.backend),
         "source": manifest.source.name,
         "quant": manifest.quant.name,
         "layers": manifest.spec.text.num_layers,
         "backend": options.backend,
+        "kernels": options.kernels,
         "dtype": _DTYPES[options.backend],
         "pages": options.pages,
         "written": options.written,
     }
     write_json({**about, **found}, options.output)
+
+
+def _onnxruntime(backend: str) -> dict[str, str]:
+    if backend != "onnxruntime":
+        return {}
+    from mmr5_runtime.onnx.session import runtime
+
+    return {"onnxruntime": str(runtime().__version__)}
 
 
 def _page(number: int) -> bytes:

@@ -301,19 +301,19 @@ def _first_rerank(session: Session, configurations: Sequence[Configuration]) -> 
             name = f"{configuration.name}, {state}"
 
             def measure(name: str = name) -> Figure:
-                seconds = first_rerank.measure(
+                found = first_rerank.measure(
                     *(folder, str(session.device), configuration.kernels, compiled),
                     pages=pages,
                     written=written,
                 )
-                imported = [seconds["import_s"]]
+                imported = [found["import_s"]]
                 session.add(figure("import", name, imported, dry_run=session.dry_run))
                 return figure(
                     "first-rerank",
                     name,
-                    [seconds["total_s"]],
+                    [found["total_s"]],
                     dry_run=session.dry_run,
-                    details=dict(seconds),
+                    details=dict(found),
                     note="files in the page cache",
                 )
 
