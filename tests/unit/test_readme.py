@@ -106,6 +106,7 @@ def test_a_document_that_no_table_shows_is_named(tmp_path: Path) -> None:
         ("mini-latency", "README.md"),
         ("mini-peers", "README.md"),
         ("backends-cpu", "README.md"),
+        ("backends-mini", "docs/onnxruntime.md"),
         ("mini-reuse", "docs/reuse.md"),
     ],
 )
